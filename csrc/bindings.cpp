@@ -1,0 +1,512 @@
+// The Python face of the engine: arrays are validated, the GIL is released, exceptions are translated. No arithmetic here.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <mutex>
+#include <optional>
+#if !defined(_WIN32)
+#include <unistd.h>
+#endif
+
+#include "cpu/isa.h"
+#include "cpu/kernels.h"
+#include "cpu/matmul.h"
+#include "cpu/probes.h"
+#include "cpu/threads.h"
+#include "model.h"
+#include "quant.h"
+
+namespace py = pybind11;
+using namespace gemma;
+
+namespace {
+
+using FloatArray = py::array_t<float, py::array::c_style | py::array::forcecast>;
+
+struct CancelFlag {
+  std::atomic<bool> set{false};
+};
+
+// ---- what comes in -----------------------------------------------------------------------------------------------------
+
+DType dtype_of(const std::string& tensor, const std::string& name) {
+  for (DType t : {DType::F32, DType::F16, DType::BF16, DType::Q8_0, DType::Q4_0, DType::Q4_1, DType::Q5_0, DType::Q5_1, DType::Q4_K,
+                  DType::Q5_K, DType::Q6_K})
+    if (name == encoding(t).name) return t;
+  fail("tensor \"", tensor, "\" has the unknown type \"", name, "\"");
+}
+
+int64_t integer(const py::object& config, const char* field, int64_t low, int64_t high) {
+  const py::object value = config.attr(field);
+  if (!py::isinstance<py::int_>(value)) fail("config.", field, " must be an integer");
+  int overflow = 0;
+  const long long v = PyLong_AsLongLongAndOverflow(value.ptr(), &overflow);
+  GEMMA_CHECK(!overflow && v >= low && v <= high, "config.", field, " is ", std::string(py::str(value)), ", outside [", low, ", ", high, "]");
+  return v;
+}
+
+float number(const py::object& config, const char* field, double low, double high) {
+  const double v = config.attr(field).cast<double>();
+  GEMMA_CHECK(v >= low && v <= high, "config.", field, " is ", v, ", outside [", low, ", ", high, "]");
+  return static_cast<float>(v);
+}
+
+Config config_of(const py::object& o) {
+  constexpr int64_t kWide = 1 << 24;
+  Config c;
+  c.vocab_size = integer(o, "vocab_size", 1, kWide);
+  c.hidden_size = integer(o, "hidden_size", 1, kWide);
+  c.intermediate_size = integer(o, "intermediate_size", 1, kWide);
+  c.num_layers = integer(o, "num_layers", 1, 4096);
+  c.num_heads = integer(o, "num_heads", 1, 4096);
+  c.num_kv_heads = integer(o, "num_kv_heads", 1, 4096);
+  c.head_dim = integer(o, "head_dim", 2, kMaxHeadDim);
+  c.context_length = integer(o, "context_length", 1, int64_t{1} << 31);
+  GEMMA_CHECK(c.num_heads % c.num_kv_heads == 0, "config.num_heads (", c.num_heads, ") is not a multiple of num_kv_heads (",
+              c.num_kv_heads, ")");
+  GEMMA_CHECK(c.head_dim % 2 == 0, "config.head_dim is ", c.head_dim, "; it must be even");
+  c.rms_norm_eps = number(o, "rms_norm_eps", 0, 1);
+  c.norm_offset = number(o, "norm_offset", 0, 1);
+  c.query_scale = number(o, "query_scale", 1e-6, 1e6);
+  c.attn_softcap = number(o, "attn_softcap", 0, 1e6);
+  c.final_softcap = number(o, "final_softcap", 0, 1e6);
+  c.sliding_window = integer(o, "sliding_window", 0, int64_t{1} << 31);
+  for (const py::handle& v : o.attr("sliding_layers")) c.sliding_layers.push_back(v.cast<bool>());
+  GEMMA_CHECK(c.sliding_layers.empty() || static_cast<int64_t>(c.sliding_layers.size()) == c.num_layers,
+              "config.sliding_layers has ", c.sliding_layers.size(), " entries for ", c.num_layers, " layers");
+  c.rope_base = number(o, "rope_base", 1, 1e12);
+  c.rope_base_local = number(o, "rope_base_local", 1, 1e12);
+  c.rope_scale = number(o, "rope_scale", 1e-3, 1e6);
+  c.qk_norm = o.attr("qk_norm").cast<bool>();
+  c.post_norms = o.attr("post_norms").cast<bool>();
+  return c;
+}
+
+HostTensor tensor_of(const std::string& name, const py::tuple& entry, py::buffer_info& view) {
+  GEMMA_CHECK(entry.size() == 3, "tensor \"", name, "\" must be (dtype, shape, buffer)");
+  HostTensor t;
+  t.name = name;
+  std::string type = entry[0].cast<std::string>();
+  if (type.rfind("TILED:", 0) == 0) {
+    t.tiled = true;
+    type = type.substr(6);
+  }
+  t.type = dtype_of(name, type);
+  GEMMA_CHECK(!t.tiled || encoding(t.type).quantized, "tensor \"", name, "\": ", type, " has no tiled form");
+  const auto shape = entry[1].cast<std::vector<int64_t>>();
+  GEMMA_CHECK(shape.size() == 1 || shape.size() == 2, "tensor \"", name, "\" has ", shape.size(), " dimensions; 1 or 2 are expected");
+  t.rows = shape.size() == 2 ? shape[0] : 1;
+  t.cols = shape.back();
+  constexpr int64_t kWide = int64_t{1} << 28;
+  GEMMA_CHECK(t.rows > 0 && t.cols > 0 && t.rows < kWide && t.cols < kWide, "tensor \"", name, "\" has an absurd shape [", t.rows, ", ",
+              t.cols, "]");
+  t.data = static_cast<const uint8_t*>(view.ptr);
+  t.bytes = static_cast<size_t>(view.size) * static_cast<size_t>(view.itemsize);
+  const size_t expected =
+      t.tiled ? tiled_bytes(t.type, t.rows, t.cols) : row_bytes(t.type, t.cols) * static_cast<size_t>(t.rows);
+  GEMMA_CHECK(t.bytes == expected, "tensor \"", name, "\" has ", t.bytes, " bytes; ", type, " [", t.rows, ", ", t.cols, "] needs ",
+              expected);
+  return t;
+}
+
+// Any 1-D integers.
+std::vector<int32_t> tokens_of(const py::object& o) {
+  const py::array a = py::array::ensure(o);
+  if (!a) {
+    PyErr_Clear();
+    throw py::type_error("tokens must be a 1-D array or list of integers");
+  }
+  GEMMA_CHECK(a.ndim() == 1, "tokens must have 1 dimension, not ", a.ndim());
+  GEMMA_CHECK(a.size() > 0, "no tokens given; at least one is needed");
+  const char kind = a.dtype().kind();
+  if (kind != 'i' && kind != 'u')
+    throw py::type_error("tokens must be integers, not " + std::string(py::str(py::object(a.dtype()))));
+  const auto wide = py::array_t<int64_t, py::array::c_style | py::array::forcecast>(a);
+  std::vector<int32_t> out;
+  out.reserve(static_cast<size_t>(wide.size()));
+  for (py::ssize_t i = 0; i < wide.size(); ++i) {
+    const int64_t t = wide.data()[i];
+    GEMMA_CHECK(t >= 0 && t <= INT32_MAX, "token id ", t, " is out of range");
+    out.push_back(static_cast<int32_t>(t));
+  }
+  return out;
+}
+
+// ---- Model and Cache ---------------------------------------------------------------------------------------------------
+
+// A mutex that a forked child, in which the owner may not exist, replaces.
+class ForkSafeMutex {
+ public:
+  // With the GIL held.
+  std::mutex& get() {
+#if !defined(_WIN32)
+    if (getpid() != pid_) {
+      mutex_.release();  // may be locked for ever: leaked on purpose
+      mutex_ = std::make_unique<std::mutex>();
+      pid_ = getpid();
+    }
+#endif
+    return *mutex_;
+  }
+
+ private:
+  std::unique_ptr<std::mutex> mutex_ = std::make_unique<std::mutex>();
+#if !defined(_WIN32)
+  pid_t pid_ = getpid();
+#endif
+};
+
+struct PyModel {
+  py::object config;
+  std::vector<py::buffer_info> kept;  // buffers of weights that are used where they lie
+  std::unique_ptr<Model> model;
+  ForkSafeMutex mutex;
+};
+
+struct PyCache {
+  std::shared_ptr<PyModel> owner;
+  std::unique_ptr<Cache> cache;
+};
+
+// Runs f without the GIL, one call on a model at a time. `poll` stops it on a cancel flag or a signal.
+template <class Fn>
+void run(PyModel& m, const CancelFlag* cancel, Fn&& f) {
+  std::mutex& mutex = m.mutex.get();
+  py::gil_scoped_release release;
+  auto last = std::chrono::steady_clock::now();
+  const Poll poll = [&] {
+    if (cancel && cancel->set) throw CancelledError();
+    const auto now = std::chrono::steady_clock::now();
+    if (now - last < std::chrono::milliseconds(20)) return;
+    last = now;
+    py::gil_scoped_acquire acquire;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  };
+  std::unique_lock<std::mutex> lock(mutex, std::defer_lock);
+  while (!lock.try_lock()) {  // waiting for another thread's call can be interrupted as well
+    poll();
+    std::this_thread::sleep_for(std::chrono::microseconds(200));
+  }
+  f(poll);
+}
+
+std::shared_ptr<PyModel> make_model(const py::object& config, const py::dict& tensors, const std::string& device,
+                                    const std::optional<int>& threads, const std::string& kv, const std::string& weights,
+                                    const py::object& consumed) {
+  auto m = std::make_shared<PyModel>();
+  m->config = config;
+  const Config c = config_of(config);
+  LoadOptions options;
+  GEMMA_CHECK(kv == "bf16" || kv == "f32", "kv must be \"bf16\" or \"f32\", not \"", kv, "\"");
+  options.kv_f32 = kv == "f32";
+  if (weights == "bf16")
+    options.target = DType::BF16;
+  else if (weights == "int8")
+    options.target = DType::Q8_0;
+  else if (weights == "int4")
+    options.target = DType::Q4_0;
+  else
+    GEMMA_CHECK(weights == "auto", "weights must be \"auto\", \"bf16\", \"int8\" or \"int4\", not \"", weights, "\"");
+  GEMMA_CHECK(!threads || (*threads >= 1 && *threads <= 1024), "threads must be between 1 and 1024, not ", threads.value_or(0));
+
+  std::map<std::string, HostTensor> host;
+  std::map<std::string, py::buffer_info> views;
+  for (const auto& [key, value] : tensors) {
+    const std::string name = key.cast<std::string>();
+    GEMMA_CHECK(py::isinstance<py::tuple>(value), "tensor \"", name, "\" must be (dtype, shape, buffer)");
+    const py::tuple entry = py::reinterpret_borrow<py::tuple>(value);
+    GEMMA_CHECK(entry.size() == 3, "tensor \"", name, "\" must be (dtype, shape, buffer)");
+    py::buffer_info view = entry[2].cast<py::buffer>().request();
+    py::ssize_t dense = view.itemsize;
+    for (py::ssize_t i = view.ndim; i-- > 0;) {
+      GEMMA_CHECK(view.strides[i] == dense || view.shape[i] <= 1, "tensor \"", name, "\": its buffer must be contiguous");
+      dense *= view.shape[i];
+    }
+    host[name] = tensor_of(name, entry, view);
+    views.emplace(name, std::move(view));
+  }
+  if (!consumed.is_none())
+    options.consumed = [&consumed](const std::string& name, size_t begin, size_t end) {
+      py::gil_scoped_acquire acquire;
+      consumed(name, begin, end);
+      if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    };
+
+  std::unique_ptr<Backend> backend;
+  if (device == "cpu") {
+    backend = make_cpu_backend(threads ? *threads : default_threads());
+  } else {
+    int index = 0;
+    bool ok = device.rfind("cuda", 0) == 0 && (device.size() == 4 || device[4] == ':');
+    if (ok && device.size() > 4) {
+      ok = device.size() > 5 && device.size() < 9 && device.find_first_not_of("0123456789", 5) == std::string::npos;
+      if (ok) index = std::stoi(device.substr(5));
+    }
+    GEMMA_CHECK(ok, "device must be \"cpu\", \"cuda\" or \"cuda:N\", not \"", device, "\"");
+    backend = make_cuda_backend(index);
+  }
+  {
+    py::gil_scoped_release release;
+    m->model = std::make_unique<Model>(c, host, std::move(backend), options);
+  }
+  for (const Model::Weight& w : m->model->weights())
+    if (w.matrix && w.matrix->in_place) m->kept.push_back(std::move(views.at(w.name)));
+  return m;
+}
+
+py::object forward_batch(PyModel& m, const std::vector<std::vector<int32_t>>& tokens, const std::vector<Cache*>& caches,
+                         bool single, bool all_logits, const std::optional<int64_t>& top_k, const CancelFlag* cancel) {
+  const int64_t vocab = m.model->config().vocab_size, batch = static_cast<int64_t>(tokens.size());
+  Output out;
+  auto result = [&](auto zero, int64_t rows, int64_t columns) {
+    using T = decltype(zero);
+    return single ? py::array_t<T>(columns) : py::array_t<T>({rows, columns});
+  };
+  if (top_k) {
+    GEMMA_CHECK(!all_logits, "top_k and all_logits exclude each other");
+    GEMMA_CHECK(*top_k >= 1 && *top_k <= vocab, "top_k must be between 1 and ", vocab, ", not ", *top_k);
+    auto ids = result(int32_t{}, batch, *top_k);
+    auto values = result(float{}, batch, *top_k);
+    out.kind = Output::top_k;
+    out.k = *top_k;
+    out.ids = ids.mutable_data();
+    out.values = values.mutable_data();
+    run(m, cancel, [&](const Poll& poll) { m.model->forward(tokens, caches, out, poll); });
+    return py::make_tuple(ids, values);
+  }
+  if (all_logits) {
+    // Refused before a large array is asked for.
+    const int64_t n = static_cast<int64_t>(tokens[0].size());
+    GEMMA_CHECK(n <= caches[0]->capacity() - caches[0]->length(), "the cache holds ", caches[0]->length(), " of ",
+                caches[0]->capacity(), " positions; ", n, " more tokens do not fit");
+    py::array_t<float> logits({n, vocab});
+    out.kind = Output::all_logits;
+    out.values = logits.mutable_data();
+    run(m, cancel, [&](const Poll& poll) { m.model->forward(tokens, caches, out, poll); });
+    return std::move(logits);
+  }
+  auto logits = result(float{}, batch, vocab);
+  out.kind = Output::last_logits;
+  out.values = logits.mutable_data();
+  run(m, cancel, [&](const Poll& poll) { m.model->forward(tokens, caches, out, poll); });
+  return std::move(logits);
+}
+
+std::string weight_type(const Model::Weight& w) { return w.matrix ? encoding(w.matrix->type).name : "F32"; }
+
+py::dict packed(const std::shared_ptr<PyModel>& m) {
+  py::dict out;
+  const py::object base = py::cast(m);
+  for (const Model::Weight& w : m->model->weights()) {
+    const uint8_t* data = w.matrix ? w.matrix->host_data() : reinterpret_cast<const uint8_t*>(w.vector->data);
+    if (!data) throw std::runtime_error("weights on " + std::string(m->model->backend().device()) + " cannot be packed; use device=\"cpu\"");
+    const size_t bytes = w.matrix ? w.matrix->bytes : static_cast<size_t>(w.length) * sizeof(float);
+    py::array_t<uint8_t> view(static_cast<py::ssize_t>(bytes), data, base);
+    view.attr("flags").attr("writeable") = false;
+    const bool tiled = w.matrix && encoding(w.matrix->type).quantized;
+    const py::object shape = w.matrix ? py::object(py::make_tuple(w.matrix->rows, w.matrix->cols)) : py::object(py::make_tuple(w.length));
+    out[py::str(w.name)] = py::make_tuple((tiled ? "TILED:" : "") + weight_type(w), shape, py::memoryview(view));
+  }
+  return out;
+}
+
+// ---- entry points for tests: single kernels ----------------------------------------------------------------------------
+
+// y[m, rows] = x W^T with W's encoded rows, as a Model would compute it. The output starts as NaN.
+py::array_t<float> test_product(const std::string& type, const py::buffer& data, int64_t rows, int64_t cols, const FloatArray& x,
+                                int threads) {
+  py::buffer_info view = data.request();
+  HostTensor t = tensor_of("product", py::make_tuple(type, py::make_tuple(rows, cols), data), view);
+  GEMMA_CHECK(x.ndim() == 2 && x.shape(1) == cols, "x must be [m, ", cols, "]");
+  ThreadPool pool(threads);
+  const auto w = load_cpu_matrix(pool, t, encoding(t.type).quantized ? t.type : DType::BF16, {});
+  const int64_t m = x.shape(0);
+  py::array_t<float> y({m, rows});
+  std::fill(y.mutable_data(), y.mutable_data() + m * rows, NAN);
+  Activations acts;
+  const float* xd = x.data();
+  acts.prepare(kernels(), pool, {w.get()}, m, cols, [&](int64_t i, float*) { return xd + i * cols; });
+  matmul(kernels(), pool, acts, {{w.get(), y.mutable_data(), rows}});
+  return y;
+}
+
+py::bytes test_tile(const std::string& type, const py::bytes& data, int64_t rows, int64_t cols, bool back) {
+  const DType t = dtype_of("tile", type);
+  const std::string in = data;
+  const size_t row = row_bytes(t, cols), panel = panel_bytes(t, cols);
+  GEMMA_CHECK(in.size() == (back ? tiled_bytes(t, rows, cols) : row * rows), "wrong number of bytes");
+  std::string out(back ? row * rows : tiled_bytes(t, rows, cols), '\0');
+  const auto* src = reinterpret_cast<const uint8_t*>(in.data());
+  auto* dst = reinterpret_cast<uint8_t*>(&out[0]);
+  for (int64_t r = 0; r < rows; r += back ? 1 : kPanel) {
+    if (back)
+      untile_row(t, src + r / kPanel * panel, static_cast<int>(r % kPanel), cols, dst + r * row);
+    else
+      tile_panel(t, src + r * row, row, static_cast<int>(std::min<int64_t>(kPanel, rows - r)), cols, dst + r / kPanel * panel);
+  }
+  return out;
+}
+
+py::bytes quantize_reference(const std::string& type, const FloatArray& x) {
+  const DType t = dtype_of("quantize", type);
+  GEMMA_CHECK(t == DType::Q8_0 || t == DType::Q4_0, "only Q8_0 and Q4_0 can be encoded");
+  GEMMA_CHECK(x.ndim() == 2, "x must be [rows, k]");
+  std::string out(row_bytes(t, x.shape(1)) * static_cast<size_t>(x.shape(0)), '\0');
+  for (py::ssize_t r = 0; r < x.shape(0); ++r)
+    encode_row(t, x.data() + r * x.shape(1), x.shape(1), reinterpret_cast<uint8_t*>(&out[0]) + row_bytes(t, x.shape(1)) * r);
+  return out;
+}
+
+py::array_t<float> dequantize_reference(const std::string& type, const py::buffer& data, int64_t rows, int64_t cols) {
+  py::buffer_info view = data.request();
+  const HostTensor t = tensor_of("dequantize", py::make_tuple(type, py::make_tuple(rows, cols), data), view);
+  GEMMA_CHECK(cols % encoding(t.type).block == 0, "cols must be a multiple of ", encoding(t.type).block);
+  py::array_t<float> out({rows, cols});
+  for (int64_t r = 0; r < rows; ++r) {
+    if (t.tiled)
+      decode_tiled_row(t.type, t.data + r / kPanel * panel_bytes(t.type, cols), static_cast<int>(r % kPanel), cols, out.mutable_data() + r * cols);
+    else
+      decode_row(t.type, t.data + r * row_bytes(t.type, cols), cols, out.mutable_data() + r * cols);
+  }
+  return out;
+}
+
+void add_testing(py::module_& m) {
+  py::module_ t = m.def_submodule("testing", "Single kernels of the level in use, for the test suite.");
+  t.def("product", test_product, py::arg("dtype"), py::arg("data"), py::arg("rows"), py::arg("cols"), py::arg("x"), py::arg("threads") = 1);
+  t.def("tile", [](const std::string& n, const py::bytes& d, int64_t r, int64_t c) { return test_tile(n, d, r, c, false); });
+  t.def("untile", [](const std::string& n, const py::bytes& d, int64_t r, int64_t c) { return test_tile(n, d, r, c, true); });
+  t.def("quantize", quantize_reference, py::arg("dtype"), py::arg("x"));
+  t.def("dequantize", dequantize_reference, py::arg("dtype"), py::arg("data"), py::arg("rows"), py::arg("cols"));
+  t.def("rms_norm", [](const FloatArray& x, const FloatArray& w, float eps) {
+    GEMMA_CHECK(x.size() == w.size(), "x and w differ in size");
+    py::array_t<float> out(x.size());
+    kernels().rms_norm(x.data(), w.data(), x.size(), eps, out.mutable_data());
+    return out;
+  });
+  t.def("geglu", [](const FloatArray& g, const FloatArray& u) {
+    GEMMA_CHECK(g.size() == u.size(), "gate and up differ in size");
+    py::array_t<float> out(g.size());
+    kernels().geglu(g.data(), u.data(), g.size(), out.mutable_data());
+    return out;
+  });
+  t.def("softcap", [](const FloatArray& x, float cap) {
+    py::array_t<float> out(x.size());
+    std::copy(x.data(), x.data() + x.size(), out.mutable_data());
+    kernels().softcap(out.mutable_data(), out.size(), cap);
+    return out;
+  });
+  t.def("log_sum", [](const FloatArray& x) {
+    float max, sum;
+    kernels().log_sum(x.data(), x.size(), &max, &sum);
+    return py::make_tuple(max, sum);
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "The engine of gemma_native: from token ids to logits. See gemma_native.Gemma for text.";
+  py::register_exception<CancelledError>(m, "Cancelled");
+  kernels();  // GEMMA_NATIVE_ISA is read, and refused, here
+
+  m.def("isa", [] { return std::string(kernels().name); }, "Instruction-set level in use: \"scalar\", \"avx2\" or \"avx512\".");
+  m.def("isa_levels", [] {
+    std::vector<std::string> out;
+    for (Isa i : {Isa::scalar, Isa::avx2, Isa::avx512})
+      if (isa_supported(i)) out.emplace_back(isa_name(i));
+    return out;
+  });
+  m.def("default_threads", default_threads, "min(affinity, cgroup quota, physical cores)");
+  m.def("cuda_status", cuda_status, "\"\" when a CUDA device can be used, else why not.");
+  m.def("measure_read_bandwidth", [](int threads, int64_t mib) {
+    GEMMA_CHECK(threads >= 1 && threads <= 1024 && mib >= 1 && mib <= 65536, "threads or mib out of range");
+    py::gil_scoped_release release;
+    ThreadPool pool(threads);
+    return read_bandwidth(pool, static_cast<size_t>(mib) << 20, kernels().name);
+  }, py::arg("threads"), py::arg("mib") = 1024, "Bytes/s of a plain sequential read by `threads` threads.");
+  m.def("measure_peak", [](int threads) {
+    GEMMA_CHECK(threads >= 1 && threads <= 1024, "threads out of range");
+    py::gil_scoped_release release;
+    ThreadPool pool(threads);
+    return peaks(pool, kernels().name);
+  }, py::arg("threads"), "Operations/s of the dot-product instructions in use: {\"int8\", \"bf16\", \"f32\"}.");
+
+  py::class_<CancelFlag, std::shared_ptr<CancelFlag>>(m, "CancelFlag", "Stops the native calls that it is given to, from any thread.")
+      .def(py::init<>())
+      .def("set", [](CancelFlag& f) { f.set = true; })
+      .def("clear", [](CancelFlag& f) { f.set = false; })
+      .def("is_set", [](const CancelFlag& f) { return f.set.load(); });
+
+  py::class_<PyCache, std::shared_ptr<PyCache>>(m, "Cache", "Keys and values of one sequence.")
+      .def_property_readonly("length", [](const PyCache& c) { return c.cache->length(); }, "Positions held.")
+      .def_property_readonly("capacity", [](const PyCache& c) { return c.cache->capacity(); })
+      .def_property_readonly("nbytes", [](const PyCache& c) { return c.cache->bytes(); }, "Memory committed so far.")
+      .def("truncate", [](PyCache& c, int64_t n) { run(*c.owner, nullptr, [&](const Poll&) { c.cache->truncate(n); }); }, py::arg("n"),
+           "Keep the first n positions. Raises ValueError when a sliding layer no longer holds what position n would see.")
+      .def("clone", [](PyCache& c) {
+        auto copy = std::make_shared<PyCache>();
+        copy->owner = c.owner;
+        run(*c.owner, nullptr, [&](const Poll&) { copy->cache = c.cache->clone(); });
+        return copy;
+      });
+
+  py::class_<PyModel, std::shared_ptr<PyModel>>(m, "Model", "A Gemma on a device: token ids in, logits out.")
+      .def(py::init(&make_model), py::arg("config"), py::arg("tensors"), py::arg("device") = "cpu", py::arg("threads") = py::none(),
+           py::kw_only(), py::arg("kv") = "bf16", py::arg("weights") = "auto", py::arg("consumed") = py::none())
+      .def_property_readonly("config", [](const PyModel& p) { return p.config; })
+      .def_property_readonly("device", [](const PyModel& p) { return std::string(p.model->backend().device()); })
+      .def_property_readonly("threads", [](const PyModel& p) { return p.model->backend().threads(); })
+      .def_property_readonly("kv", [](const PyModel& p) { return p.model->kv_f32() ? "f32" : "bf16"; })
+      .def_property_readonly("isa", [](const PyModel&) { return std::string(kernels().name); })
+      .def_property_readonly("nbytes", [](const PyModel& p) { return p.model->weight_bytes(); })
+      .def_property_readonly("kv_bytes_per_token", [](const PyModel& p) { return p.model->kv_bytes_per_token(); })
+      .def("encodings", [](const PyModel& p) {
+        py::dict out;
+        for (const Model::Weight& w : p.model->weights()) out[py::str(w.name)] = weight_type(w);
+        return out;
+      })
+      .def("packed", packed)
+      .def("new_cache", [](const std::shared_ptr<PyModel>& p, const std::optional<int64_t>& capacity) {
+        const int64_t context = p->model->config().context_length;
+        const int64_t n = capacity.value_or(context);
+        GEMMA_CHECK(n >= 1 && n <= context, "capacity must be between 1 and the context length ", context, ", not ", n);
+        auto c = std::make_shared<PyCache>();
+        c->owner = p;
+        c->cache = p->model->new_cache(n);
+        return c;
+      }, py::arg("capacity") = py::none())
+      .def("forward", [](PyModel& p, const py::object& tokens, PyCache& cache, bool all_logits, const std::optional<int64_t>& top_k,
+                         const CancelFlag* cancel) {
+        return forward_batch(p, {tokens_of(tokens)}, {cache.cache.get()}, true, all_logits, top_k, cancel);
+      }, py::arg("tokens"), py::arg("cache"), py::arg("all_logits") = false, py::kw_only(), py::arg("top_k") = py::none(),
+           py::arg("cancel") = nullptr)
+      .def("forward_batch", [](PyModel& p, const py::sequence& tokens, const std::vector<PyCache*>& caches,
+                               const std::optional<int64_t>& top_k, const CancelFlag* cancel) {
+        std::vector<std::vector<int32_t>> t;
+        for (const py::handle& h : tokens) t.push_back(tokens_of(py::reinterpret_borrow<py::object>(h)));
+        std::vector<Cache*> c;
+        for (const PyCache* cache : caches) {
+          if (!cache) throw py::type_error("caches must be Cache objects, not None");
+          c.push_back(cache->cache.get());
+        }
+        GEMMA_CHECK(!t.empty(), "no sequence given");
+        return forward_batch(p, t, c, false, false, top_k, cancel);
+      }, py::arg("tokens"), py::arg("caches"), py::kw_only(), py::arg("top_k") = py::none(), py::arg("cancel") = nullptr)
+      .def("score", [](PyModel& p, const py::object& tokens, PyCache& cache, const CancelFlag* cancel) {
+        const std::vector<std::vector<int32_t>> t{tokens_of(tokens)};
+        py::array_t<float> result(static_cast<py::ssize_t>(t[0].size() - 1));
+        Output out;
+        out.kind = Output::score;
+        out.values = result.mutable_data();
+        run(p, cancel, [&](const Poll& poll) { p.model->forward(t, {cache.cache.get()}, out, poll); });
+        return result;
+      }, py::arg("tokens"), py::arg("cache"), py::kw_only(), py::arg("cancel") = nullptr);
+
+  add_testing(m);
+}

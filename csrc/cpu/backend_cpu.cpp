@@ -1,0 +1,399 @@
+// The CPU backend: the operations of backend.h out of the kernels of kernels.h, shared out among threads.
+// It checks nothing: shapes were checked when the model was built, tokens and positions when a call came in.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "../backend.h"
+#include "../quant.h"
+#include "kernels.h"
+#include "kv.h"
+#include "matmul.h"
+#include "threads.h"
+
+namespace gemma {
+
+namespace {
+
+static_assert(kKeys == kKeyBlock, "kernels and caches agree on the attention block");
+
+struct CpuBuffer final : Buffer {
+  std::vector<float> memory;
+};
+
+const CpuMatrix& cpu(const Matrix& m) { return static_cast<const CpuMatrix&>(m); }
+
+// cos and sin of every row's rotation: [rows][E / 2]
+struct RopeTable {
+  float base, scale;
+  std::vector<float> cos, sin;
+};
+
+class CpuBackend final : public Backend {
+ public:
+  explicit CpuBackend(int threads) : kernels_(kernels()), pool_(threads) {}
+
+  const char* device() const override { return "cpu"; }
+  int threads() const override { return pool_.size(); }
+
+  std::unique_ptr<Matrix> load_matrix(const HostTensor& source, DType target, const Consumed& consumed) override {
+    return load_cpu_matrix(pool_, source, target, consumed);
+  }
+
+  std::unique_ptr<Buffer> load_vector(const HostTensor& source, float offset) override {
+    GEMMA_CHECK(!encoding(source.type).quantized, "tensor \"", source.name, "\" is a vector and cannot be quantised (",
+                encoding(source.type).name, ")");
+    auto b = std::make_unique<CpuBuffer>();
+    resize(*b, source.cols);
+    decode_row(source.type, source.data, source.cols, b->data);
+    for (float& w : b->memory) w += offset;
+    return b;
+  }
+
+  std::unique_ptr<Buffer> new_buffer() override { return std::make_unique<CpuBuffer>(); }
+
+  void resize(Buffer& buffer, int64_t floats) override {
+    auto& b = static_cast<CpuBuffer&>(buffer);
+    if (static_cast<int64_t>(b.memory.size()) < floats) b.memory.resize(floats);
+    b.data = b.memory.data();
+  }
+
+  std::unique_ptr<KvStore> new_kv(const Config& config, const KvShape& shape) override {
+    return std::make_unique<CpuKv>(config, shape);
+  }
+
+  void embed(const Matrix& table, const Rows& rows, float scale, Buffer& x) override {
+    ropes_.clear();
+    positions_.clear();
+    for (const Span& s : rows.spans)
+      for (int64_t i = 0; i < s.count; ++i) positions_.push_back(s.position + i);
+    const int64_t d = table.cols;
+    pool_.parallel_for(rows.n, 16, [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t t = rows.tokens[i];
+        float* out = x.data + i * d;
+        if (encoding(table.type).quantized)
+          decode_tiled_row(table.type, cpu(table).data + t / kPanel * panel_bytes(table.type, d), static_cast<int>(t % kPanel), d, out);
+        else
+          decode_row(table.type, cpu(table).data + t * row_bytes(table.type, d), d, out);
+        for (int64_t j = 0; j < d; ++j) out[j] *= scale;
+      }
+    });
+  }
+
+  void qkv(const Config& c, const LayerWeights& w, const Rows& rows, const Buffer& x, Buffer& q) override {
+    const int64_t n = rows.n, E = c.head_dim, half = E / 2;
+    grow(k_, n * c.num_kv_heads * E);
+    grow(v_, n * c.num_kv_heads * E);
+    normed(c, *w.attn_norm, {w.q.get(), w.k.get(), w.v.get()}, n, x.data, c.hidden_size);
+    matmul(kernels_, pool_, acts_,
+           {{&cpu(*w.q), q.data, c.num_heads * E}, {&cpu(*w.k), k_.data(), c.num_kv_heads * E}, {&cpu(*w.v), v_.data(), c.num_kv_heads * E}});
+    const RopeTable& rope = rope_table(w.rope_base, w.rope_scale, E);
+    pool_.parallel_for(n, 8, [&](int64_t begin, int64_t end, int) {
+      size_t s = 0;
+      for (int64_t r = begin; r < end; ++r) {
+        while (r >= rows.spans[s].row + rows.spans[s].count) ++s;
+        rotate_and_store(c, w, rows.spans[s], r, rope, half, q.data);
+      }
+    });
+  }
+
+  void attention(const Config& c, const LayerWeights& w, const Rows& rows, const Buffer& q, Buffer& out) override {
+    std::vector<Tile> tiles;
+    const int64_t per_group = c.num_heads / c.num_kv_heads;
+    int64_t most_blocks = 0;
+    for (const Span& s : rows.spans)
+      for (int64_t g = 0; g < c.num_kv_heads; ++g)
+        for (int64_t i = 0; i < s.count * per_group; i += kQueryRows) {
+          Tile t;
+          t.span = &s;
+          t.group = g;
+          t.first = i;
+          t.rows = static_cast<int>(std::min<int64_t>(kQueryRows, s.count * per_group - i));
+          const int64_t low = s.position + i / per_group, high = s.position + (i + t.rows - 1) / per_group;
+          t.first_block = w.window ? std::max<int64_t>(0, low - w.window + 1) / kKeyBlock : 0;
+          t.end_block = high / kKeyBlock + 1;
+          most_blocks = std::max(most_blocks, t.end_block - t.first_block);
+          tiles.push_back(t);
+        }
+    const int64_t e = (c.head_dim + 31) / 32 * 32;
+    const int64_t count = static_cast<int64_t>(tiles.size());
+    if (count >= 2 * pool_.size() || pool_.size() == 1 || most_blocks < 4) {
+      pool_.parallel_for(count, 1, [&](int64_t begin, int64_t end, int) {
+        std::vector<float> block(kQueryRows * e);
+        for (int64_t i = begin; i < end; ++i) {
+          TileState state(e);
+          float rows_q[kQueryRows * kMaxHeadDim];
+          load_queries(c, tiles[i], q.data, e, rows_q);
+          for (int64_t b = tiles[i].first_block; b < tiles[i].end_block; ++b) {
+            Part part = attend_block(c, w, tiles[i], rows_q, e, b, block.data());
+            state.fold(kernels_, part, tiles[i].rows, block.data(), e);
+          }
+          finish(c, tiles[i], state, e, out.data);
+        }
+      });
+      return;
+    }
+    // Few rows over many keys: blocks are computed by any thread and joined in order afterwards, with the same bits.
+    grow(partial_, count * most_blocks * kQueryRows * e);
+    std::vector<Part> parts(count * most_blocks);
+    std::vector<float> queries(count * kQueryRows * e);
+    for (int64_t i = 0; i < count; ++i) load_queries(c, tiles[i], q.data, e, queries.data() + i * kQueryRows * e);
+    pool_.parallel_for(count * most_blocks, 2, [&](int64_t begin, int64_t end, int) {
+      for (int64_t j = begin; j < end; ++j) {
+        const Tile& t = tiles[j / most_blocks];
+        const int64_t b = t.first_block + j % most_blocks;
+        if (b < t.end_block)
+          parts[j] = attend_block(c, w, t, queries.data() + j / most_blocks * kQueryRows * e, e, b,
+                                  partial_.data() + j * kQueryRows * e);
+      }
+    });
+    for (int64_t i = 0; i < count; ++i) {
+      TileState state(e);
+      for (int64_t b = 0; b < tiles[i].end_block - tiles[i].first_block; ++b) {
+        const int64_t j = i * most_blocks + b;
+        state.fold(kernels_, parts[j], tiles[i].rows, partial_.data() + j * kQueryRows * e, e);
+      }
+      finish(c, tiles[i], state, e, out.data);
+    }
+  }
+
+  void project_add(const Config& c, const Matrix& w, const Buffer* post_norm, int64_t n, const Buffer& in, Buffer& x) override {
+    const int64_t d = w.rows;
+    grow(y_, n * d);
+    acts_.prepare(kernels_, pool_, {&w}, n, w.cols, [&](int64_t i, float*) { return in.data + i * w.cols; });
+    matmul(kernels_, pool_, acts_, {{&cpu(w), y_.data(), d}});
+    pool_.parallel_for(n, 16, [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) {
+        float* y = y_.data() + i * d;
+        if (post_norm) kernels_.rms_norm(y, post_norm->data, d, c.rms_norm_eps, y);
+        kernels_.add(x.data + i * d, y, d);
+      }
+    });
+  }
+
+  void gate_up(const Config& c, const LayerWeights& w, int64_t n, const Buffer& x, Buffer& h) override {
+    normed(c, *w.ffn_norm, {w.gate.get(), w.up.get()}, n, x.data, c.hidden_size);
+    matmul_geglu(kernels_, pool_, acts_, cpu(*w.gate), cpu(*w.up), h.data);
+  }
+
+  void logits(const Config& c, const Buffer& norm, const Matrix& head, const Buffer& x, const std::vector<int64_t>& pick,
+              float* out) override {
+    picked(c, norm, head, x, pick);
+    matmul(kernels_, pool_, acts_, {{&cpu(head), out, c.vocab_size}});
+    if (c.final_softcap > 0) {
+      const int64_t slice = 4096, slices = (c.vocab_size + slice - 1) / slice;
+      pool_.parallel_for(static_cast<int64_t>(pick.size()) * slices, 4, [&](int64_t begin, int64_t end, int) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t at = i % slices * slice;
+          kernels_.softcap(out + i / slices * c.vocab_size + at, std::min(slice, c.vocab_size - at), c.final_softcap);
+        }
+      });
+    }
+  }
+
+  void logprobs(const Config& c, const Buffer& norm, const Matrix& head, const Buffer& x, const std::vector<int64_t>& pick,
+                const std::vector<int32_t>& target, float* out) override {
+    // The vocabulary in slabs of fixed size, folded in order: an online log-sum-exp.
+    const int64_t m = static_cast<int64_t>(pick.size()), slab = 8192;
+    std::vector<float> y(m * slab), max(m), sum(m), chosen(m, 0.0f);
+    std::vector<double> total(m, 0.0), top(m, -std::numeric_limits<double>::infinity());
+    picked(c, norm, head, x, pick);
+    for (int64_t first = 0; first < head.rows; first += slab) {
+      CpuMatrix part;
+      part.type = head.type;
+      part.rows = std::min(slab, head.rows - first);
+      part.cols = head.cols;
+      const bool tiled = encoding(head.type).quantized;
+      part.data = cpu(head).data + (tiled ? first / kPanel * panel_bytes(head.type, head.cols) : first * row_bytes(head.type, head.cols));
+      part.bytes = head.bytes / static_cast<size_t>(head.rows) * static_cast<size_t>(part.rows);
+      matmul(kernels_, pool_, acts_, {{&part, y.data(), slab}});
+      pool_.parallel_for(m, 4, [&](int64_t begin, int64_t end, int) {
+        for (int64_t i = begin; i < end; ++i) {
+          float* row = y.data() + i * slab;
+          if (c.final_softcap > 0) kernels_.softcap(row, part.rows, c.final_softcap);
+          kernels_.log_sum(row, part.rows, &max[i], &sum[i]);
+          if (target[i] >= first && target[i] < first + part.rows) chosen[i] = row[target[i] - first];
+          const double t = std::max<double>(top[i], max[i]);
+          total[i] = total[i] * std::exp(top[i] - t) + sum[i] * std::exp(max[i] - t);
+          top[i] = t;
+        }
+      });
+    }
+    for (int64_t i = 0; i < m; ++i) out[i] = static_cast<float>(chosen[i] - top[i] - std::log(total[i]));
+  }
+
+  void top_k(const Config& c, const Buffer& norm, const Matrix& head, const Buffer& x, const std::vector<int64_t>& pick,
+             int64_t k, int32_t* ids, float* values) override {
+    const int64_t m = static_cast<int64_t>(pick.size());
+    grow(y_, m * c.vocab_size);
+    logits(c, norm, head, x, pick, y_.data());
+    pool_.parallel_for(m, 1, [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) best(y_.data() + i * c.vocab_size, c.vocab_size, k, ids + i * k, values + i * k);
+    });
+  }
+
+ private:
+  // Up to kQueryRows query rows of one span that share a key/value head. Row i is token i / per_group, head i % per_group.
+  struct Tile {
+    const Span* span;
+    int64_t group, first;
+    int rows;
+    int64_t first_block, end_block;
+  };
+  struct Part {
+    float max[kQueryRows], sum[kQueryRows];
+    bool seen[kQueryRows];
+  };
+  struct TileState {
+    explicit TileState(int64_t e) : acc(kQueryRows * e) {
+      std::fill(max, max + kQueryRows, -std::numeric_limits<float>::infinity());
+    }
+    void fold(const Kernels& kernels, const Part& p, int rows, const float* block, int64_t e) {
+      for (int r = 0; r < rows; ++r)
+        if (p.seen[r]) kernels.fold(&max[r], &sum[r], acc.data() + r * e, p.max[r], p.sum[r], block + r * e, e);
+    }
+    float max[kQueryRows];
+    float sum[kQueryRows] = {};
+    std::vector<float> acc;
+  };
+
+  template <class T>
+  static void grow(std::vector<T>& v, int64_t n) {
+    if (static_cast<int64_t>(v.size()) < n) v.resize(n);
+  }
+
+  void normed(const Config& c, const Buffer& norm, const std::vector<const Matrix*>& weights, int64_t n, const float* x, int64_t d) {
+    acts_.prepare(kernels_, pool_, weights, n, d, [&, x, d](int64_t i, float* scratch) {
+      kernels_.rms_norm(x + i * d, norm.data, d, c.rms_norm_eps, scratch);
+      return scratch;
+    });
+  }
+
+  void picked(const Config& c, const Buffer& norm, const Matrix& head, const Buffer& x, const std::vector<int64_t>& pick) {
+    acts_.prepare(kernels_, pool_, {&head}, static_cast<int64_t>(pick.size()), c.hidden_size, [&](int64_t i, float* scratch) {
+      kernels_.rms_norm(x.data + pick[i] * c.hidden_size, norm.data, c.hidden_size, c.rms_norm_eps, scratch);
+      return scratch;
+    });
+  }
+
+  // Angles in float32 as transformers has them: position * base^(-2i/E) / scale.
+  const RopeTable& rope_table(float base, float scale, int64_t E) {
+    for (const RopeTable& t : ropes_)
+      if (t.base == base && t.scale == scale) return t;
+    const int64_t half = E / 2, n = static_cast<int64_t>(positions_.size());
+    ropes_.push_back({base, scale, std::vector<float>(n * half), std::vector<float>(n * half)});
+    RopeTable& t = ropes_.back();
+    std::vector<float> frequency(half);
+    for (int64_t i = 0; i < half; ++i)
+      frequency[i] = static_cast<float>(std::pow(static_cast<double>(base), -2.0 * static_cast<double>(i) / static_cast<double>(E))) / scale;
+    pool_.parallel_for(n, 8, [&](int64_t begin, int64_t end, int) {
+      for (int64_t r = begin; r < end; ++r)
+        for (int64_t i = 0; i < half; ++i) {
+          const float angle = static_cast<float>(positions_[r]) * frequency[i];
+          t.cos[r * half + i] = std::cos(angle);
+          t.sin[r * half + i] = std::sin(angle);
+        }
+    });
+    return t;
+  }
+
+  void rotate_and_store(const Config& c, const LayerWeights& w, const Span& s, int64_t r, const RopeTable& rope, int64_t half,
+                        float* q) {
+    const int64_t E = c.head_dim;
+    const float *cos = &rope.cos[r * half], *sin = &rope.sin[r * half];
+    for (int64_t h = 0; h < c.num_heads; ++h) {
+      float* x = q + (r * c.num_heads + h) * E;
+      if (w.q_norm) kernels_.rms_norm(x, w.q_norm->data, E, c.rms_norm_eps, x);
+      kernels_.rope(x, cos, sin, half, c.query_scale);
+    }
+    for (int64_t g = 0; g < c.num_kv_heads; ++g) {
+      float* x = k_.data() + (r * c.num_kv_heads + g) * E;
+      if (w.k_norm) kernels_.rms_norm(x, w.k_norm->data, E, c.rms_norm_eps, x);
+      kernels_.rope(x, cos, sin, half, 1.0f);
+      static_cast<CpuKv&>(*s.kv).write(w.index, g, s.position + r - s.row, x, v_.data() + (r * c.num_kv_heads + g) * E);
+    }
+  }
+
+  static void load_queries(const Config& c, const Tile& t, const float* q, int64_t e, float* out) {
+    const int64_t E = c.head_dim, per_group = c.num_heads / c.num_kv_heads;
+    for (int r = 0; r < t.rows; ++r) {
+      const int64_t i = t.first + r, row = t.span->row + i / per_group, head = t.group * per_group + i % per_group;
+      std::memcpy(out + r * e, q + (row * c.num_heads + head) * E, E * sizeof(float));
+      std::fill(out + r * e + E, out + (r + 1) * e, 0.0f);
+    }
+  }
+
+  Part attend_block(const Config& c, const LayerWeights& w, const Tile& t, const float* q, int64_t e, int64_t b, float* out) {
+    const auto& kv = static_cast<const CpuKv&>(*t.span->kv);
+    const int64_t per_group = c.num_heads / c.num_kv_heads;
+    Part part;
+    int lo[kQueryRows], hi[kQueryRows];
+    for (int r = 0; r < t.rows; ++r) {
+      const int64_t position = t.span->position + (t.first + r) / per_group;
+      const int64_t from = w.window ? position - w.window + 1 - b * kKeyBlock : 0;
+      lo[r] = static_cast<int>(std::clamp<int64_t>(from, 0, kKeyBlock));
+      hi[r] = static_cast<int>(std::clamp<int64_t>(position + 1 - b * kKeyBlock, 0, kKeyBlock));
+      part.seen[r] = lo[r] < hi[r];
+    }
+    kernels_.attend(kv.f32(), q, t.rows, e, kv.keys(w.index, t.group, b), kv.values(w.index, t.group, b), lo, hi, c.attn_softcap,
+                    part.max, part.sum, out);
+    return part;
+  }
+
+  void finish(const Config& c, const Tile& t, const TileState& state, int64_t e, float* out) const {
+    const int64_t E = c.head_dim, per_group = c.num_heads / c.num_kv_heads;
+    for (int r = 0; r < t.rows; ++r) {
+      const int64_t i = t.first + r, row = t.span->row + i / per_group, head = t.group * per_group + i % per_group;
+      kernels_.divide(state.acc.data() + r * e, state.sum[r], E, out + (row * c.num_heads + head) * E);
+    }
+  }
+
+  static void best(const float* x, int64_t n, int64_t k, int32_t* ids, float* values) {
+    using Entry = std::pair<float, int32_t>;
+    auto better = [](const Entry& a, const Entry& b) { return a.first > b.first || (a.first == b.first && a.second < b.second); };
+    std::vector<Entry> heap;  // the worst of the k best on top
+    heap.reserve(k);
+    constexpr int64_t kBunch = 64;
+    for (int64_t i = 0; i < n; i += kBunch) {
+      const int64_t end = std::min(n, i + kBunch);
+      if (static_cast<int64_t>(heap.size()) == k) {
+        bool any = false;
+        const float bar = heap.front().first;
+        for (int64_t j = i; j < end; ++j) any |= x[j] > bar;  // an equal later id never enters
+        if (!any) continue;
+      }
+      for (int64_t j = i; j < end; ++j) {
+        // NaN orders below everything, so that the result always has k entries.
+        const Entry entry{std::isnan(x[j]) ? -std::numeric_limits<float>::infinity() : x[j], static_cast<int32_t>(j)};
+        if (static_cast<int64_t>(heap.size()) < k) {
+          heap.push_back(entry);
+          std::push_heap(heap.begin(), heap.end(), better);
+        } else if (better(entry, heap.front())) {
+          std::pop_heap(heap.begin(), heap.end(), better);
+          heap.back() = entry;
+          std::push_heap(heap.begin(), heap.end(), better);
+        }
+      }
+    }
+    std::sort_heap(heap.begin(), heap.end(), better);
+    for (int64_t i = 0; i < k; ++i) {
+      ids[i] = heap[i].second;
+      values[i] = x[heap[i].second];
+    }
+  }
+
+  const Kernels& kernels_;
+  ThreadPool pool_;
+  Activations acts_;
+  std::vector<int64_t> positions_;  // of the pass's rows
+  std::vector<RopeTable> ropes_;
+  std::vector<float> k_, v_, y_, partial_;
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> make_cpu_backend(int threads) { return std::make_unique<CpuBackend>(threads); }
+
+}  // namespace gemma

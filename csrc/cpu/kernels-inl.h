@@ -1,0 +1,609 @@
+// The bodies of all CPU kernels, over the small vector type V of vec_*.h. Included once for each instruction-set level, inside
+// that level's namespace; nothing here may come from a header that other levels share as inline code (the linker would keep
+// one copy, perhaps the one that an older CPU cannot run).
+#pragma once
+
+#include "../quant.h"
+#include "kernels.h"
+
+namespace gemma {
+namespace GEMMA_ISA {
+
+using F = V::F;
+using I = V::I;
+using B = V::B;
+constexpr int W = V::W;
+constexpr int kGroups = kPanel / W;  // vectors that cover a panel's 32 rows
+
+// ---- elementary functions ----------------------------------------------------------------------------------------------
+
+// e^x, 2 ulp; 0 below -87.3 (so masked scores vanish), clamped above 88.3; NaN stays.
+inline F exp(F x) {
+  // x = n ln2 + r, |r| <= ln2 / 2; e^r by its series.
+  F c = V::max(V::set(-87.3f), V::min(V::set(88.3f), x));
+  I n = V::round(V::mul(c, V::set(1.44269504f)));
+  F f = V::to_float(n);
+  F r = V::fnma(f, V::set(-2.12194440e-4f), V::fnma(f, V::set(0.693359375f), c));
+  F p = V::set(1.0f / 5040);
+  p = V::fma(p, r, V::set(1.0f / 720));
+  p = V::fma(p, r, V::set(1.0f / 120));
+  p = V::fma(p, r, V::set(1.0f / 24));
+  p = V::fma(p, r, V::set(1.0f / 6));
+  p = V::fma(p, r, V::set(0.5f));
+  p = V::fma(p, r, V::set(1.0f));
+  p = V::fma(p, r, V::set(1.0f));
+  p = V::mul(p, V::as_float(V::shl_i<23>(V::add_i(n, V::set_i(127)))));
+  return V::less(x, V::set(-87.3f), V::zero(), p);
+}
+
+// tanh x: from (e^2x - 1) / (e^2x + 1), with e^2x - 1 by its series near 0, where the difference would cancel.
+inline F tanh(F x) {
+  F t = V::add(x, x);
+  F s = V::set(1.0f / 479001600);
+  const float inverse[] = {1.0f / 39916800, 1.0f / 3628800, 1.0f / 362880, 1.0f / 40320, 1.0f / 5040, 1.0f / 720,
+                           1.0f / 120,      1.0f / 24,      1.0f / 6,      0.5f,         1.0f};
+  for (float c : inverse) s = V::fma(s, t, V::set(c));
+  s = V::mul(s, t);
+  F near = V::div(s, V::add(s, V::set(2.0f)));
+  F far = V::sub(V::set(1.0f), V::div(V::set(2.0f), V::add(exp(t), V::set(1.0f))));
+  return V::less(V::abs(t), V::set(1.0f), near, far);
+}
+
+// x gelu: 0.5 x (1 + tanh u) = x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3)
+inline F gelu(F x) {
+  F u = V::mul(V::mul(V::set(-1.59576912f), x), V::fma(V::mul(x, x), V::set(0.044715f), V::set(1.0f)));
+  return V::div(x, V::add(V::set(1.0f), exp(u)));
+}
+
+// ---- pointwise ---------------------------------------------------------------------------------------------------------
+
+void rms_norm(const float* x, const float* w, int64_t n, float eps, float* out) {
+  F s = V::zero(), t = V::zero();
+  int64_t i = 0;
+  for (; i + 2 * W <= n; i += 2 * W) {
+    F a = V::load(x + i), b = V::load(x + i + W);
+    s = V::fma(a, a, s);
+    t = V::fma(b, b, t);
+  }
+  for (; i < n; i += W) {
+    F a = V::load_n(x + i, n - i);
+    s = V::fma(a, a, s);
+  }
+  const F scale = V::set(1.0f / V::root(V::sum(V::add(s, t)) / static_cast<float>(n) + eps));
+  for (i = 0; i < n; i += W) V::store_n(out + i, V::mul(V::mul(V::load_n(x + i, n - i), scale), V::load_n(w + i, n - i)), n - i);
+}
+
+void geglu(const float* gate, const float* up, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; i += W)
+    V::store_n(out + i, V::mul(gelu(V::load_n(gate + i, n - i)), V::load_n(up + i, n - i)), n - i);
+}
+
+void add(float* x, const float* y, int64_t n) {
+  for (int64_t i = 0; i < n; i += W) V::store_n(x + i, V::add(V::load_n(x + i, n - i), V::load_n(y + i, n - i)), n - i);
+}
+
+inline F cap(F x, float c) { return V::mul(V::set(c), tanh(V::div(x, V::set(c)))); }
+
+void softcap(float* x, int64_t n, float c) {
+  for (int64_t i = 0; i < n; i += W) V::store_n(x + i, cap(V::load_n(x + i, n - i), c), n - i);
+}
+
+void rope(float* x, const float* cos, const float* sin, int64_t half, float scale) {
+  const F k = V::set(scale);
+  for (int64_t i = 0; i < half; i += W) {
+    const int64_t n = half - i;
+    F a = V::load_n(x + i, n), b = V::load_n(x + half + i, n), c = V::load_n(cos + i, n), s = V::load_n(sin + i, n);
+    V::store_n(x + i, V::mul(V::fnma(b, s, V::mul(a, c)), k), n);
+    V::store_n(x + half + i, V::mul(V::fma(a, s, V::mul(b, c)), k), n);
+  }
+}
+
+void log_sum(const float* x, int64_t n, float* max, float* sum) {
+  F m = V::set(-__builtin_inff());
+  int64_t i = 0;
+  for (; i + W <= n; i += W) m = V::max(m, V::load(x + i));
+  for (; i < n; ++i) m = V::max(m, V::set(x[i]));
+  const float top = V::max_of(m);
+  F s = V::zero();
+  for (i = 0; i < n; i += W) s = V::add(s, V::between(exp(V::sub(V::load_n(x + i, n - i), V::set(top))), V::zero(), 0, n - i < W ? static_cast<int>(n - i) : W));
+  *max = top;
+  *sum = V::sum(s);
+}
+
+// ---- activations -------------------------------------------------------------------------------------------------------
+
+void quantize(const float* x, int64_t k, int8_t* q, ActScale* scale, int row, int rows) {
+  for (int64_t b = 0; b * kBlock < k; ++b) {
+    F v[kGroups];
+    F top = V::zero(), bad = V::zero();
+    for (int g = 0; g < kGroups; ++g) {
+      const int64_t at = b * kBlock + g * W;
+      v[g] = at < k ? V::load_n(x + at, k - at) : V::zero();
+      top = V::max(top, V::abs(v[g]));
+      bad = V::fma(v[g], V::zero(), bad);  // NaN where a value is not finite
+    }
+    const float amax = V::max_of(top);
+    const float inverse = amax > 0 ? 127.0f / amax : 0.0f;
+    int8_t* out = q + (b * rows + row) * kBlock;
+    I sum = V::set_i(0), sum0 = V::set_i(0);
+    for (int g = 0; g < kGroups; ++g) {
+      I r = V::round(V::mul(v[g], V::set(inverse)));
+      V::store_i8(out + g * W, r);
+      sum = V::add_i(sum, r);
+      if (g == kGroups / 2 - 1) sum0 = sum;
+    }
+    ActScale& s = scale[b * rows + row];
+    s.d = amax * (1.0f / 127.0f) + V::sum(bad);
+    s.sum = V::sum_i(sum);
+    s.sum0 = V::sum_i(sum0);
+    s.dsum = s.d * static_cast<float>(s.sum);
+  }
+}
+
+// A cache line more than the values need: rows a power of two apart would fall into the same cache sets.
+int64_t pack_bytes(int64_t k) { return (k + 31) / 32 * 32 * V::kPackedSize + 64; }
+
+void pack(const float* x, int64_t k, void* out) {
+  auto* o = static_cast<uint8_t*>(out);
+  int64_t i = 0;
+  for (; i + 32 <= k; i += 32) V::pack32(x + i, o + i * V::kPackedSize);
+  if (i < k) {
+    float rest[32] = {};
+    for (int64_t j = 0; i + j < k; ++j) rest[j] = x[i + j];
+    V::pack32(rest, o + i * V::kPackedSize);
+  }
+}
+
+// ---- quantised weights: one decoder an encoding ------------------------------------------------------------------------
+
+template <int G>
+inline void load_8bit(const uint8_t* plane, B* w) {
+  for (int i = 0; i < 8; ++i) w[i] = V::load_b(plane + i * 128 + G * W * 4);
+}
+
+template <int G>
+inline void load_4bit(const uint8_t* plane, B* w) {
+  constexpr int at = G * W % 16 * 4;
+  for (int i = 0; i < 8; ++i) {
+    B x = V::load_b(plane + i * 64 + at);
+    w[i] = G * W >= 16 ? V::high4(x) : V::low4(x);
+  }
+}
+
+template <int G>
+inline void load_5bit(const uint8_t* plane1, const uint8_t* plane4, B* w) {
+  load_4bit<G>(plane4, w);
+  const B p = V::load_b(plane1 + G * W * 4);
+  w[0] = V::or_bit<0>(w[0], p);
+  w[1] = V::or_bit<1>(w[1], p);
+  w[2] = V::or_bit<2>(w[2], p);
+  w[3] = V::or_bit<3>(w[3], p);
+  w[4] = V::or_bit<4>(w[4], p);
+  w[5] = V::or_bit<5>(w[5], p);
+  w[6] = V::or_bit<6>(w[6], p);
+  w[7] = V::or_bit<7>(w[7], p);
+}
+
+template <int G>
+inline void load_6bit(const uint8_t* plane2, const uint8_t* plane4, B* w) {
+  load_4bit<G>(plane4, w);
+  for (int h = 0; h < 2; ++h) {
+    const B p = V::load_b(plane2 + h * 128 + G * W * 4);
+    w[4 * h + 0] = V::or_pair<0>(w[4 * h + 0], p);
+    w[4 * h + 1] = V::or_pair<1>(w[4 * h + 1], p);
+    w[4 * h + 2] = V::or_pair<2>(w[4 * h + 2], p);
+    w[4 * h + 3] = V::or_pair<3>(w[4 * h + 3], p);
+  }
+}
+
+// A block of 32 along K for the W rows of group G: their values as unsigned bytes (value = byte - kOffset), a scale for each
+// kSubs-th of the block, and an offset where kMin says so.
+struct Block {
+  B w[8];
+  F scale[2];
+  F min;
+};
+
+template <int BITS, bool MIN>
+struct Simple {  // Q8_0 Q4_0 Q4_1 Q5_0 Q5_1
+  static constexpr int kBits = BITS, kOffset = MIN ? 0 : 1 << (BITS - 1), kSubs = 1, kUnitBlocks = 1;
+  static constexpr bool kMin = MIN;
+  static constexpr int kScales = MIN ? 128 : 64;
+  static constexpr int kUnit = kScales + BITS * 128;
+  template <int G>
+  static void decode(const uint8_t* unit, int, Block& b) {
+    b.scale[0] = V::load_half(unit + G * W * 2);
+    if (MIN) b.min = V::load_half(unit + 64 + G * W * 2);
+    if (BITS == 8) load_8bit<G>(unit + kScales, b.w);
+    if (BITS == 5) load_5bit<G>(unit + kScales, unit + kScales + 128, b.w);
+    if (BITS == 4) load_4bit<G>(unit + kScales, b.w);
+  }
+};
+
+template <int BITS>
+struct TwoLevel {  // Q4_K Q5_K
+  static constexpr int kBits = BITS, kOffset = 0, kSubs = 1, kUnitBlocks = 8;
+  static constexpr bool kMin = true;
+  static constexpr int kHeader = 512;
+  static constexpr int kUnit = kHeader + 8 * BITS * 128;
+  template <int G>
+  static void decode(const uint8_t* unit, int j, Block& b) {
+    const I hi = V::shr_i(V::load_i(unit + 128 + G * W * 4), 4 * j);
+    const I lo = V::load_u8(unit + 256 + j * 32 + G * W);
+    const I three = V::set_i(3);
+    const I sc = V::or_i(V::and_i(lo, V::set_i(15)), V::shl_i<4>(V::and_i(hi, three)));
+    const I mn = V::or_i(V::shr_i(lo, 4), V::shl_i<4>(V::and_i(V::shr_i(hi, 2), three)));
+    b.scale[0] = V::mul(V::load_half(unit + G * W * 2), V::to_float(sc));
+    b.min = V::sub(V::zero(), V::mul(V::load_half(unit + 64 + G * W * 2), V::to_float(mn)));
+    const uint8_t* planes = unit + kHeader + j * BITS * 128;
+    if (BITS == 5) load_5bit<G>(planes, planes + 128, b.w);
+    if (BITS == 4) load_4bit<G>(planes, b.w);
+  }
+};
+
+struct SixBit {  // Q6_K
+  static constexpr int kBits = 6, kOffset = 32, kSubs = 2, kUnitBlocks = 8;
+  static constexpr bool kMin = false;
+  static constexpr int kUnit = 64 + 8 * 832;
+  template <int G>
+  static void decode(const uint8_t* unit, int j, Block& b) {
+    const uint8_t* block = unit + 64 + j * 832;
+    const F d = V::load_half(unit + G * W * 2);
+    b.scale[0] = V::mul(d, V::to_float(V::load_i8(block + G * W)));
+    b.scale[1] = V::mul(d, V::to_float(V::load_i8(block + 32 + G * W)));
+    load_6bit<G>(block + 64, block + 64 + 256, b.w);
+  }
+};
+
+// acc += scale * (w . q) * d + min * d * sum(q): one block, one activation row. The order is the specification: the integer dot
+// product, one fma for each scale, one for the offset.
+template <class Q>
+inline F block_dot(const Block& b, const int8_t* q, const ActScale& s, F acc) {
+  const F d = V::set(s.d);
+  if (Q::kSubs == 1) {
+    acc = V::fma(V::to_float(V::template dot<Q::kBits, Q::kOffset, 8>(b.w, q, s.sum)), V::mul(b.scale[0], d), acc);
+  } else {
+    acc = V::fma(V::to_float(V::template dot<Q::kBits, Q::kOffset, 4>(b.w, q, s.sum0)), V::mul(b.scale[0], d), acc);
+    acc = V::fma(V::to_float(V::template dot<Q::kBits, Q::kOffset, 4>(b.w + 4, q + 16, s.sum - s.sum0)), V::mul(b.scale[1], d),
+                 acc);
+  }
+  if (Q::kMin) acc = V::fma(b.min, V::set(s.dsum), acc);
+  return acc;
+}
+
+// One activation row: sums stay in registers and the panel is read once, in order.
+template <class Q, int G>
+struct OneRow {
+  static void step(const uint8_t* unit, int j, const int8_t* q, const ActScale& s, F* acc) {
+    OneRow<Q, G - 1>::step(unit, j, q, s, acc);
+    Block b;
+    Q::template decode<G - 1>(unit, j, b);
+    acc[G - 1] = block_dot<Q>(b, q, s, acc[G - 1]);
+  }
+};
+template <class Q>
+struct OneRow<Q, 0> {
+  static void step(const uint8_t*, int, const int8_t*, const ActScale&, F*) {}
+};
+
+template <class Q>
+void panel_one(const uint8_t* panel, int64_t blocks, const QuantActs& a, float* tile) {
+  F acc[kGroups];
+  for (F& x : acc) x = V::zero();
+  const int8_t* q = a.q;
+  const ActScale* s = a.scale;
+  for (int64_t u = 0; u < blocks / Q::kUnitBlocks; ++u, panel += Q::kUnit)
+    for (int j = 0; j < Q::kUnitBlocks; ++j, q += kBlock, ++s) OneRow<Q, kGroups>::step(panel, j, q, *s, acc);
+  for (int g = 0; g < kGroups; ++g) V::store(tile + g * W, acc[g]);
+}
+
+// Several rows: a block of weights stays in registers while all activation rows stream past it; sums lie in the L1 tile.
+constexpr int kHeld = W == 16 ? 2 : 1;  // groups held at once: 16 of 32 registers, or 8 of 16
+
+template <class Q, int G>
+struct ManyRows {
+  static void step(const uint8_t* unit, int j, const int8_t* q, const ActScale* s, int rows, float* tile) {
+    ManyRows<Q, G - kHeld>::step(unit, j, q, s, rows, tile);
+    Block b0, b1;
+    Q::template decode<G - kHeld>(unit, j, b0);
+    if (kHeld == 2) Q::template decode<G - 1>(unit, j, b1);
+    for (int i = 0; i < rows; ++i) {
+      float* t = tile + i * kPanel + (G - kHeld) * W;
+      F x = V::load(t);
+      F y = kHeld == 2 ? V::load(t + W) : x;
+      x = block_dot<Q>(b0, q + i * kBlock, s[i], x);
+      if (kHeld == 2) y = block_dot<Q>(b1, q + i * kBlock, s[i], y);
+      V::store(t, x);
+      if (kHeld == 2) V::store(t + W, y);
+    }
+  }
+};
+template <class Q>
+struct ManyRows<Q, 0> {
+  static void step(const uint8_t*, int, const int8_t*, const ActScale*, int, float*) {}
+};
+
+#if defined(__GNUC__)
+#define GEMMA_PREFETCH(p) __builtin_prefetch(p)
+#else
+#define GEMMA_PREFETCH(p) (void)(p)
+#endif
+
+template <class Q>
+void panel_many(const uint8_t* panel, int64_t blocks, const QuantActs& a, float* tile) {
+  for (int i = 0; i < a.rows * kPanel; i += W) V::store(tile + i, V::zero());
+  const int8_t* q = a.q;
+  const ActScale* s = a.scale;
+  constexpr int kBlockBytes = Q::kUnit / Q::kUnitBlocks;
+  for (int64_t u = 0; u < blocks / Q::kUnitBlocks; ++u, panel += Q::kUnit)
+    for (int j = 0; j < Q::kUnitBlocks; ++j, q += kBlock * a.rows, s += a.rows) {
+      // With few rows the kernel would wait for memory: 16 blocks ahead keeps the reads in flight.
+      const uint8_t* ahead = panel + (j + 16) * kBlockBytes;
+      for (int p = 0; p < kBlockBytes; p += 64) GEMMA_PREFETCH(ahead + p);
+      ManyRows<Q, kGroups>::step(panel, j, q, s, a.rows, tile);
+    }
+}
+
+template <class Q>
+inline void panel_of(const uint8_t* panel, int64_t blocks, const QuantActs& a, float* tile) {
+  if (a.rows == 1)
+    panel_one<Q>(panel, blocks, a, tile);
+  else
+    panel_many<Q>(panel, blocks, a, tile);
+}
+
+void panel(DType type, const uint8_t* data, int64_t blocks, const QuantActs& a, float* tile) {
+  switch (type) {
+    case DType::Q8_0: return panel_of<Simple<8, false>>(data, blocks, a, tile);
+    case DType::Q4_0: return panel_of<Simple<4, false>>(data, blocks, a, tile);
+    case DType::Q4_1: return panel_of<Simple<4, true>>(data, blocks, a, tile);
+    case DType::Q5_0: return panel_of<Simple<5, false>>(data, blocks, a, tile);
+    case DType::Q5_1: return panel_of<Simple<5, true>>(data, blocks, a, tile);
+    case DType::Q4_K: return panel_of<TwoLevel<4>>(data, blocks, a, tile);
+    case DType::Q5_K: return panel_of<TwoLevel<5>>(data, blocks, a, tile);
+    case DType::Q6_K: return panel_of<SixBit>(data, blocks, a, tile);
+    default: return;
+  }
+}
+
+// ---- bf16 weights in file order: lane j sums k = j modulo the step, one fixed tree closes the row ------------------------
+
+constexpr int kStep = V::kBf16Step;
+constexpr int64_t kDepth = 4096;  // K values a pass: the pass's weights and activations stay in L2
+constexpr int kActBlock = V::kBf16TileX * 8;
+
+template <int R, int M>
+inline void bf16_tile(const uint16_t* const* w, const uint8_t* const* x, int64_t from, int64_t to, const uint16_t (*tail)[32],
+                      int64_t k, V::Sum (*sum)[V::kBf16TileX]) {
+  V::Sum s[R][M];
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m) s[r][m] = sum[r][m];
+  int64_t i = from;
+  for (; i + kStep <= (to < k ? to : k); i += kStep) {
+    V::Wide v[R];
+    for (int r = 0; r < R; ++r) v[r] = V::load_w(w[r] + i);
+    for (int m = 0; m < M; ++m)
+      for (int r = 0; r < R; ++r) V::dot_bf16(s[r][m], v[r], x[m] + i * V::kPackedSize);
+  }
+  if (to >= k && i < k)  // the last values of a row, padded with zeros
+    for (int m = 0; m < M; ++m)
+      for (int r = 0; r < R; ++r) V::dot_bf16(s[r][m], V::load_w(tail[r]), x[m] + i * V::kPackedSize);
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m) sum[r][m] = s[r][m];
+}
+
+template <int M>
+inline void bf16_tile_rows(int rows, const uint16_t* const* w, const uint8_t* const* x, int64_t from, int64_t to,
+                           const uint16_t (*tail)[32], int64_t k, V::Sum (*sum)[V::kBf16TileX]) {
+  if (rows == V::kBf16TileW) return bf16_tile<V::kBf16TileW, M>(w, x, from, to, tail, k, sum);
+  for (int r = 0; r < rows; ++r) bf16_tile<1, M>(w + r, x, from, to, tail + r, k, sum + r);
+}
+
+void bf16(const uint16_t* w, int64_t ldw, int rows, int64_t k, const void* acts, int m, float* out, int64_t ldo) {
+  constexpr int R = V::kBf16TileW, M = V::kBf16TileX;
+  static_assert(kBf16Rows % R == 0, "a call is a whole number of tiles");
+  const int64_t stride = pack_bytes(k);
+  V::Sum sum[kActBlock / M][kBf16Rows][M];
+  for (int m0 = 0; m0 < m; m0 += kActBlock) {
+    const int mb = m - m0 < kActBlock ? m - m0 : kActBlock;
+    for (int64_t from = 0; from < k; from += kDepth) {
+      for (int r = 0; r < rows; r += R) {
+        const int rn = rows - r < R ? rows - r : R;
+        const uint16_t* wr[R];
+        uint16_t tail[R][32] = {};
+        for (int i = 0; i < rn; ++i) {
+          wr[i] = w + (r + i) * ldw;
+          for (int64_t j = k / kStep * kStep; j < k; ++j) tail[i][j % kStep] = wr[i][j];
+        }
+        for (int t = 0; t * M < mb; ++t) {
+          const int tm = mb - t * M < M ? mb - t * M : M;
+          const uint8_t* xr[M];
+          for (int i = 0; i < tm; ++i) xr[i] = static_cast<const uint8_t*>(acts) + (m0 + t * M + i) * stride;
+          V::Sum(*s)[M] = &sum[t][r];
+          if (from == 0)
+            for (int i = 0; i < rn; ++i)
+              for (int j = 0; j < tm; ++j) s[i][j] = V::sum_zero();
+          switch (tm) {
+            case 1: bf16_tile_rows<1>(rn, wr, xr, from, from + kDepth, tail, k, s); break;
+            case 2: bf16_tile_rows<(M < 2 ? M : 2)>(rn, wr, xr, from, from + kDepth, tail, k, s); break;
+            case 3: bf16_tile_rows<(M < 3 ? M : 3)>(rn, wr, xr, from, from + kDepth, tail, k, s); break;
+            case 4: bf16_tile_rows<(M < 4 ? M : 4)>(rn, wr, xr, from, from + kDepth, tail, k, s); break;
+            case 5: bf16_tile_rows<(M < 5 ? M : 5)>(rn, wr, xr, from, from + kDepth, tail, k, s); break;
+            default: bf16_tile_rows<M>(rn, wr, xr, from, from + kDepth, tail, k, s); break;
+          }
+        }
+      }
+    }
+    for (int i = 0; i < mb; ++i) V::close(&sum[i / M][0][i % M], M, rows, out + (m0 + i) * ldo);
+  }
+}
+
+// ---- attention: one block of keys for up to kQueryRows query rows --------------------------------------------------------
+// Keys lie as [4][e / 2][16 keys][2] (bf16) or [4][e][16 keys] (f32); values as [64 keys][e], the bf16 ones with dimensions i and
+// i + 16 of every 32 side by side, so that one load gives two whole vectors (CpuKv in kv.h writes them).
+
+template <bool F32>
+inline void load_keys(const void* k, int64_t e, int64_t pair, int first, F& a, F& b) {
+  const int64_t at = first / 16 * 16 * e + first % 16 * (F32 ? 1 : 2) + pair * 32;
+  if (F32) {
+    const float* p = static_cast<const float*>(k) + at;
+    a = V::load(p);
+    b = V::load(p + 16);
+  } else {
+    V::load_pairs(static_cast<const uint16_t*>(k) + at, a, b);
+  }
+}
+
+template <bool F32>
+inline void load_values(const void* v, int64_t at, int i, F& a, F& b) {
+  if (F32) {
+    const float* p = static_cast<const float*>(v) + at + i * W;
+    a = V::load(p);
+    b = V::load(p + 16);
+  } else {
+    V::load_pairs(static_cast<const uint16_t*>(v) + at + 2 * i * W, a, b);
+  }
+}
+
+template <bool F32, int R>
+void attend_rows(const float* q, int64_t e, const void* k, const void* v, const int* lo, const int* hi, float c, float* max,
+                 float* sum, float* out) {
+  alignas(64) float p[R][kKeys];
+  int first = kKeys, last = 0;  // keys that some row sees
+  for (int r = 0; r < R; ++r)
+    if (lo[r] < hi[r]) {
+      first = lo[r] < first ? lo[r] : first;
+      last = hi[r] > last ? hi[r] : last;
+    }
+  if (first >= last) return;
+
+  constexpr int kVectors = R <= 2 ? 4 : 2;  // key vectors at once: enough chains to hide the latency of fma
+  constexpr int kSpan = kVectors * W < kKeys ? kVectors * W : kKeys;
+  for (int key = first / kSpan * kSpan; key < last; key += kSpan) {
+    F s[R][kSpan / W];
+    for (int r = 0; r < R; ++r)
+      for (int i = 0; i < kSpan / W; ++i) s[r][i] = V::zero();
+    for (int64_t d = 0; d < e / 2; ++d)
+      for (int i = 0; i < kSpan / W; ++i) {
+        F a, b;
+        load_keys<F32>(k, e, d, key + i * W, a, b);
+        for (int r = 0; r < R; ++r)
+          s[r][i] = V::fma(V::set(q[r * e + 2 * d + 1]), b, V::fma(V::set(q[r * e + 2 * d]), a, s[r][i]));
+      }
+    for (int r = 0; r < R; ++r)
+      for (int i = 0; i < kSpan / W; ++i) {
+        F x = c > 0 ? cap(s[r][i], c) : s[r][i];
+        const int at = key + i * W;
+        V::store(&p[r][at], V::between(x, V::set(-__builtin_inff()), lo[r] - at, hi[r] - at));
+      }
+  }
+  const int begin = first / kSpan * kSpan, end = (last + kSpan - 1) / kSpan * kSpan;
+  for (int r = 0; r < R; ++r) {
+    if (lo[r] >= hi[r]) {
+      for (int i = begin; i < end; i += W) V::store(&p[r][i], V::zero());
+      continue;
+    }
+    // Vectors outside [begin, end) would add exact zeros: skipping them keeps the sum's order.
+    F m = V::load(&p[r][begin]);
+    for (int i = begin + W; i < end; i += W) m = V::max(m, V::load(&p[r][i]));
+    max[r] = V::max_of(m);
+    F s = V::zero();
+    for (int i = begin; i < end; i += W) {
+      F x = exp(V::sub(V::load(&p[r][i]), V::set(max[r])));
+      V::store(&p[r][i], x);
+      s = V::add(s, x);
+    }
+    sum[r] = V::sum(s);
+  }
+  for (int64_t d = 0; d < e; d += 32)
+    for (int i = 0; i < 16 / W; ++i) {
+      F x[R], y[R];
+      for (int r = 0; r < R; ++r) x[r] = y[r] = V::zero();
+      for (int key = first; key < last; ++key) {
+        F a, b;
+        load_values<F32>(v, key * e + d, i, a, b);
+        for (int r = 0; r < R; ++r) {
+          const F w = V::set(p[r][key]);
+          x[r] = V::fma(w, a, x[r]);
+          y[r] = V::fma(w, b, y[r]);
+        }
+      }
+      for (int r = 0; r < R; ++r)
+        if (lo[r] < hi[r]) {
+          V::store(out + r * e + d + i * W, x[r]);
+          V::store(out + r * e + d + 16 + i * W, y[r]);
+        }
+    }
+}
+
+constexpr int kRowTile = W == 16 ? 8 : 4;  // query rows whose sums fit the registers
+
+template <bool F32>
+void attend_any(const float* q, int rows, int64_t e, const void* k, const void* v, const int* lo, const int* hi, float c,
+                float* max, float* sum, float* out) {
+  for (int r = 0; r < rows;) {
+    const int n = rows - r;
+    const float* qr = q + r * e;
+    float* o = out + r * e;
+    if (n >= 8 && kRowTile >= 8) {
+      attend_rows<F32, kRowTile>(qr, e, k, v, lo + r, hi + r, c, max + r, sum + r, o);
+      r += kRowTile;
+    } else if (n >= 4) {
+      attend_rows<F32, 4>(qr, e, k, v, lo + r, hi + r, c, max + r, sum + r, o);
+      r += 4;
+    } else if (n >= 2) {
+      attend_rows<F32, 2>(qr, e, k, v, lo + r, hi + r, c, max + r, sum + r, o);
+      r += 2;
+    } else {
+      attend_rows<F32, 1>(qr, e, k, v, lo + r, hi + r, c, max + r, sum + r, o);
+      r += 1;
+    }
+  }
+}
+
+void attend(bool f32, const float* q, int rows, int64_t e, const void* k, const void* v, const int* lo, const int* hi, float c,
+            float* max, float* sum, float* out) {
+  if (f32)
+    attend_any<true>(q, rows, e, k, v, lo, hi, c, max, sum, out);
+  else
+    attend_any<false>(q, rows, e, k, v, lo, hi, c, max, sum, out);
+}
+
+void fold(float* max, float* sum, float* acc, float block_max, float block_sum, const float* block, int64_t e) {
+  const float top = *max > block_max ? *max : block_max;
+  alignas(64) float t[W] = {};
+  t[0] = *max - top;
+  t[1] = block_max - top;
+  V::store(t, exp(V::load(t)));
+  const F a = V::set(t[0]), b = V::set(t[1]);
+  *sum = *sum * t[0] + block_sum * t[1];
+  *max = top;
+  for (int64_t d = 0; d < e; d += W) V::store(acc + d, V::fma(V::load(block + d), b, V::mul(V::load(acc + d), a)));
+}
+
+void divide(const float* acc, float sum, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; i += W) V::store_n(out + i, V::div(V::load_n(acc + i, n - i), V::set(sum)), n - i);
+}
+
+constexpr Kernels make_table(const char* name) {
+  Kernels k{};
+  k.name = name;
+  k.rms_norm = rms_norm;
+  k.quantize = quantize;
+  k.pack = pack;
+  k.pack_bytes = pack_bytes;
+  k.panel = panel;
+  k.bf16 = bf16;
+  k.geglu = geglu;
+  k.add = add;
+  k.softcap = softcap;
+  k.rope = rope;
+  k.log_sum = log_sum;
+  k.attend = attend;
+  k.fold = fold;
+  k.divide = divide;
+  return k;
+}
+
+}  // namespace GEMMA_ISA
+}  // namespace gemma

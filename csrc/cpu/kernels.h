@@ -1,0 +1,78 @@
+// The CPU's inner loops as a table of function pointers, one table for each instruction-set level.
+//
+// Every kernel adds in an order that depends on the shape of one row alone: results do not change with the number of rows
+// in a call, with threads, or with how a prompt was cut. Sizes need not be multiples of anything unless it says so.
+#pragma once
+
+#include <cstdint>
+
+#include "../tensor.h"
+
+namespace gemma {
+
+// Activations for quantised weights: int8 in blocks of 32 along K, each with its scale.
+struct ActScale {
+  float d;       // value = d * q
+  float dsum;    // d * (sum of the block's q), for encodings with an offset
+  int32_t sum;   // sum of the block's q: undoes the unsigned shift of the weights
+  int32_t sum0;  // the same over the first 16, for encodings with a scale every 16
+};
+
+// One chunk of up to kActChunk rows, interleaved so that a block of weights meets all rows in one sequential read.
+constexpr int kActChunk = 64;
+struct QuantActs {
+  const int8_t* q;        // [blocks][rows][32]
+  const ActScale* scale;  // [blocks][rows]
+  int rows;
+};
+
+constexpr int kQueryRows = 8;  // query rows that attend_block takes at most
+constexpr int kKeys = 64;      // keys a block, kKeyBlock of backend.h
+
+struct Kernels {
+  const char* name;
+
+  // out[k] = x / rms(x) * w, sum of squares in float32. out may be x.
+  void (*rms_norm)(const float* x, const float* w, int64_t n, float eps, float* out);
+  // One row of k floats (the last block padded with zeros) into slot `row` of a chunk of `rows` rows.
+  void (*quantize)(const float* x, int64_t k, int8_t* q, ActScale* scale, int row, int rows);
+  // One row of k floats to what `bf16` reads: bf16_row_bytes(k) bytes, padded with zeros.
+  void (*pack)(const float* x, int64_t k, void* out);
+  int64_t (*pack_bytes)(int64_t k);
+
+  // tile[row][32] = one panel of weights times a chunk of activations. `blocks` = K / 32 (a multiple of 8 for K-quants).
+  void (*panel)(DType type, const uint8_t* panel, int64_t blocks, const QuantActs& acts, float* tile);
+  // out[row * ldo + r] = W[r] . x[row] for `rows` weight rows in file order (at most kBf16Rows) and m packed activation rows.
+  void (*bf16)(const uint16_t* w, int64_t ldw, int rows, int64_t k, const void* x, int m, float* out, int64_t ldo);
+
+  void (*geglu)(const float* gate, const float* up, int64_t n, float* out);  // gelu_tanh(gate) * up
+  void (*add)(float* x, const float* y, int64_t n);                          // x += y
+  void (*softcap)(float* x, int64_t n, float cap);                           // cap * tanh(x / cap)
+  // Half-split rotation: (x[i], x[i + half]) by (cos[i], sin[i]); then everything times `scale`.
+  void (*rope)(float* x, const float* cos, const float* sin, int64_t half, float scale);
+  // max and sum of exp(x - max)
+  void (*log_sum)(const float* x, int64_t n, float* max, float* sum);
+
+  // One block of up to 64 keys against `rows` query rows (row i at q + i * e; e a multiple of 32, padded with zeros).
+  // Row i sees keys [lo[i], hi[i]) of the block; where that is empty its outputs are left alone. Layouts: see CpuKv.
+  // max[i], sum[i], out[i * e ...]: softmax numerators of this block from its own maximum.
+  void (*attend)(bool kv_f32, const float* q, int rows, int64_t e, const void* k, const void* v, const int* lo, const int* hi,
+                 float softcap, float* max, float* sum, float* out);
+  // (max, sum, acc) of a row := itself joined with one more block. Start from max = -inf, sum = 0, acc = 0.
+  void (*fold)(float* max, float* sum, float* acc, float block_max, float block_sum, const float* block, int64_t e);
+  // out[i] = acc[i] / sum
+  void (*divide)(const float* acc, float sum, int64_t n, float* out);
+};
+
+constexpr int kBf16Rows = 32;
+
+extern const Kernels kScalarKernels;
+#if defined(GEMMA_NATIVE_X86)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvxVnniKernels;  // the avx2 level where vpdpbusd exists for 256 bits: the same bits, since integer sums are exact
+extern const Kernels kAvx512Kernels;
+#endif
+
+const Kernels& kernels();  // of chosen_isa()
+
+}  // namespace gemma

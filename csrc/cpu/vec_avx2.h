@@ -1,0 +1,170 @@
+// Vectors of 8 floats: AVX2 with FMA and F16C; vpdpbusd where GEMMA_AVX_VNNI says that the file is compiled for it.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace gemma {
+namespace GEMMA_ISA {
+
+struct V {
+  static constexpr int W = 8;
+  using F = __m256;
+  using I = __m256i;
+  using B = __m256i;  // 4 * W bytes: 4 values along K for W weight rows
+
+  static F zero() { return _mm256_setzero_ps(); }
+  static F set(float x) { return _mm256_set1_ps(x); }
+  static F load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+  static __m256i first(int64_t n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n > 8 ? 8 : static_cast<int>(n)), lane_index()); }
+  static F load_n(const float* p, int64_t n) { return _mm256_maskload_ps(p, first(n)); }
+  static void store_n(float* p, F x, int64_t n) { _mm256_maskstore_ps(p, first(n), x); }
+  static float root(float x) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x))); }
+  static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm256_div_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F fnma(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }  // c - a * b
+  static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static F min(F a, F b) { return _mm256_min_ps(a, b); }
+  static F abs(F a) { return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff))); }
+  static F less(F a, F b, F yes, F no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+  static float sum(F x) {
+    __m128 q = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+  }
+  static float max_of(F x) {
+    __m128 q = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    q = _mm_max_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
+  }
+
+  static I set_i(int32_t x) { return _mm256_set1_epi32(x); }
+  static I load_i(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static I round(F x) { return _mm256_cvtps_epi32(x); }  // to nearest even
+  static F to_float(I x) { return _mm256_cvtepi32_ps(x); }
+  static I add_i(I a, I b) { return _mm256_add_epi32(a, b); }
+  static I and_i(I a, I b) { return _mm256_and_si256(a, b); }
+  static I or_i(I a, I b) { return _mm256_or_si256(a, b); }
+  static I shr_i(I a, int n) { return _mm256_srl_epi32(a, _mm_cvtsi32_si128(n)); }
+  template <int N>
+  static I shl_i(I a) { return _mm256_slli_epi32(a, N); }
+  static F as_float(I a) { return _mm256_castsi256_ps(a); }
+  static int32_t sum_i(I x) {
+    __m128i q = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    q = _mm_add_epi32(q, _mm_shuffle_epi32(q, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(q, _mm_shuffle_epi32(q, 0xb1)));
+  }
+  static I lane_index() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+  // lo <= lane < hi ? a : b
+  static F between(F a, F b, int lo, int hi) {
+    __m256i in = _mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(lo), lane_index()),
+                                     _mm256_cmpgt_epi32(_mm256_set1_epi32(hi), lane_index()));
+    return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(in));
+  }
+  static void store_i8(int8_t* p, I x) {
+    __m128i w = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(w, w));
+  }
+  static I load_u8(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
+  static I load_i8(const uint8_t* p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
+  static F load_half(const uint8_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+
+  // Bytes of quantised weights.
+  static B load_b(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static B low4(B x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+  static B high4(B x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)); }
+  template <int BIT>  // x | (bit BIT of plane) << 4
+  static B or_bit(B x, B plane) {
+    B p = BIT < 4 ? _mm256_slli_epi16(plane, BIT < 4 ? 4 - BIT : 0) : _mm256_srli_epi16(plane, BIT < 4 ? 0 : BIT - 4);
+    return _mm256_or_si256(x, _mm256_and_si256(p, _mm256_set1_epi8(0x10)));
+  }
+  template <int PAIR>  // x | (bits 2 PAIR, 2 PAIR + 1 of plane) << 4
+  static B or_pair(B x, B plane) {
+    B p = PAIR < 2 ? _mm256_slli_epi16(plane, PAIR < 2 ? 4 - 2 * PAIR : 0) : _mm256_srli_epi16(plane, PAIR < 2 ? 0 : 2 * PAIR - 4);
+    return _mm256_or_si256(x, _mm256_and_si256(p, _mm256_set1_epi8(0x30)));
+  }
+  static I bytes4(const int8_t* p) {
+    int32_t x;
+    std::memcpy(&x, p, 4);
+    return _mm256_set1_epi32(x);
+  }
+  // sum over N groups of 4 of (w - OFF) * a, given sum = the sum of a. w < 2^BITS.
+  template <int BITS, int OFF, int N>
+  static I dot(const B* w, const int8_t* a, int32_t sum) {
+#if defined(GEMMA_AVX_VNNI)
+    I x = _mm256_set1_epi32(-OFF * sum);
+    I y = _mm256_setzero_si256();
+    for (int i = 0; i < N; i += 2) {
+      x = _mm256_dpbusd_avx_epi32(x, w[i], bytes4(a + 4 * i));
+      y = _mm256_dpbusd_avx_epi32(y, w[i + 1], bytes4(a + 4 * i + 4));
+    }
+    return _mm256_add_epi32(x, y);
+#else
+    const __m256i ones = _mm256_set1_epi16(1);
+    if (BITS == 8) {
+      // Signed by signed: |w| <= 128 and |a| <= 127, so a pair stays within 32512.
+      I x = _mm256_setzero_si256();
+      for (int i = 0; i < N; ++i) {
+        __m256i s = _mm256_xor_si256(w[i], _mm256_set1_epi8(static_cast<char>(0x80)));
+        x = _mm256_add_epi32(
+            x, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(s), _mm256_sign_epi8(bytes4(a + 4 * i), s)), ones));
+      }
+      return x;
+    }
+    // As many 16-bit sums as cannot overflow: 2 * 127 * (2^BITS - 1) * kSums <= 32767.
+    constexpr int kSums = BITS == 4 ? 8 : BITS == 5 ? 4 : 2;
+    I x = _mm256_set1_epi32(-OFF * sum);
+    for (int i = 0; i < N; i += kSums) {
+      __m256i h = _mm256_maddubs_epi16(w[i], bytes4(a + 4 * i));
+      for (int j = 1; j < kSums && i + j < N; ++j)
+        h = _mm256_add_epi16(h, _mm256_maddubs_epi16(w[i + j], bytes4(a + 4 * (i + j))));
+      x = _mm256_add_epi32(x, _mm256_madd_epi16(h, ones));
+    }
+    return x;
+#endif
+  }
+
+  // bf16 products: 16 values along K at a time, activations in float32 with even elements before odd ones.
+  static constexpr int kBf16Step = 16;
+  static constexpr int kBf16TileW = 2, kBf16TileX = 2;
+  static constexpr int kPackedSize = 4;
+  using Wide = __m256i;
+  struct Sum {
+    __m256 even, odd;
+  };
+  static Sum sum_zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+  static Wide load_w(const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static void dot_bf16(Sum& s, Wide w, const void* x) {
+    const float* f = static_cast<const float*>(x);
+    s.even = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(w, 16)), _mm256_loadu_ps(f), s.even);
+    s.odd = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32(static_cast<int>(0xffff0000u)))),
+                            _mm256_loadu_ps(f + 8), s.odd);
+  }
+  static void close(const Sum* s, int stride, int n, float* out) {
+    for (int i = 0; i < n; ++i) out[i] = sum(_mm256_add_ps(s[i * stride].even, s[i * stride].odd));
+  }
+  // 32 floats to packed form
+  static void pack32(const float* x, void* out) {
+    float* f = static_cast<float*>(out);
+    for (int h = 0; h < 32; h += 16)
+      for (int i = 0; i < 8; ++i) {
+        f[h + i] = x[h + 2 * i];
+        f[h + 8 + i] = x[h + 2 * i + 1];
+      }
+  }
+
+  // bf16 pairs: a = even elements, b = odd elements of 16 values.
+  static void load_pairs(const uint16_t* p, F& a, F& b) {
+    __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    a = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
+    b = _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+};
+
+}  // namespace GEMMA_ISA
+}  // namespace gemma

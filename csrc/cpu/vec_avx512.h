@@ -1,0 +1,149 @@
+// Vectors of 16 floats: AVX-512 F, BW, DQ, VL with VNNI and BF16. Included by kernels_avx512.cpp alone.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace gemma {
+namespace GEMMA_ISA {
+
+struct V {
+  static constexpr int W = 16;
+  using F = __m512;
+  using I = __m512i;
+  using B = __m512i;  // 4 * W bytes: 4 values along K for W weight rows
+
+  static F zero() { return _mm512_setzero_ps(); }
+  static F set(float x) { return _mm512_set1_ps(x); }
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  static __mmask16 first(int64_t n) { return n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1); }
+  static F load_n(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
+  static void store_n(float* p, F x, int64_t n) { _mm512_mask_storeu_ps(p, first(n), x); }
+  static float root(float x) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x))); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a * b
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F abs(F a) { return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff))); }
+  static F less(F a, F b, F yes, F no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes); }
+  static float sum(F x) {
+    __m256 h = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+    __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+  }
+  static float max_of(F x) {
+    __m256 h = _mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+    __m128 q = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+    q = _mm_max_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
+  }
+
+  static I set_i(int32_t x) { return _mm512_set1_epi32(x); }
+  static I load_i(const void* p) { return _mm512_loadu_si512(p); }
+  static I round(F x) { return _mm512_cvtps_epi32(x); }  // to nearest even
+  static F to_float(I x) { return _mm512_cvtepi32_ps(x); }
+  static I add_i(I a, I b) { return _mm512_add_epi32(a, b); }
+  static I and_i(I a, I b) { return _mm512_and_si512(a, b); }
+  static I or_i(I a, I b) { return _mm512_or_si512(a, b); }
+  static I shr_i(I a, int n) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(n)); }
+  template <int N>
+  static I shl_i(I a) { return _mm512_slli_epi32(a, N); }
+  static F as_float(I a) { return _mm512_castsi512_ps(a); }
+  static int32_t sum_i(I x) { return _mm512_reduce_add_epi32(x); }
+  static I lane_index() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+  // lo <= lane < hi ? a : b
+  static F between(F a, F b, int lo, int hi) {
+    lo = lo < 0 ? 0 : lo > 16 ? 16 : lo;
+    hi = hi < 0 ? 0 : hi > 16 ? 16 : hi;
+    return _mm512_mask_blend_ps(static_cast<__mmask16>(((1u << hi) - 1) & ~((1u << lo) - 1)), b, a);
+  }
+  static void store_i8(int8_t* p, I x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x)); }
+  static I load_u8(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static I load_i8(const uint8_t* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static F load_half(const uint8_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+
+  // Bytes of quantised weights.
+  static B load_b(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static B low4(B x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+  static B high4(B x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
+  template <int BIT>  // x | (bit BIT of plane) << 4
+  static B or_bit(B x, B plane) {
+    B p = BIT < 4 ? _mm512_slli_epi16(plane, BIT < 4 ? 4 - BIT : 0) : _mm512_srli_epi16(plane, BIT < 4 ? 0 : BIT - 4);
+    return _mm512_ternarylogic_epi32(x, p, _mm512_set1_epi8(0x10), 0xf8);
+  }
+  template <int PAIR>  // x | (bits 2 PAIR, 2 PAIR + 1 of plane) << 4
+  static B or_pair(B x, B plane) {
+    B p = PAIR < 2 ? _mm512_slli_epi16(plane, PAIR < 2 ? 4 - 2 * PAIR : 0) : _mm512_srli_epi16(plane, PAIR < 2 ? 0 : 2 * PAIR - 4);
+    return _mm512_ternarylogic_epi32(x, p, _mm512_set1_epi8(0x30), 0xf8);
+  }
+  static I bytes4(const int8_t* p) {
+    int32_t x;
+    std::memcpy(&x, p, 4);
+    return _mm512_set1_epi32(x);
+  }
+  // sum over N groups of 4 of (w - OFF) * a, given sum = the sum of a. w < 2^BITS.
+  template <int BITS, int OFF, int N>
+  static I dot(const B* w, const int8_t* a, int32_t sum) {
+    I x = _mm512_set1_epi32(-OFF * sum);
+    I y = _mm512_setzero_si512();
+    for (int i = 0; i < N; i += 2) {
+      x = _mm512_dpbusd_epi32(x, w[i], bytes4(a + 4 * i));
+      y = _mm512_dpbusd_epi32(y, w[i + 1], bytes4(a + 4 * i + 4));
+    }
+    return _mm512_add_epi32(x, y);
+  }
+
+  // bf16 products: 32 values along K at a time.
+  static constexpr int kBf16Step = 32;
+  static constexpr int kBf16TileW = 4, kBf16TileX = 6;
+  static constexpr int kPackedSize = 2;
+  using Wide = __m512i;
+  struct Sum {
+    __m512 x;
+  };
+  static Sum sum_zero() { return {_mm512_setzero_ps()}; }
+  static Wide load_w(const uint16_t* p) { return _mm512_loadu_si512(p); }
+  static void dot_bf16(Sum& s, Wide w, const void* x) {
+    s.x = _mm512_dpbf16_ps(s.x, (__m512bh)w, (__m512bh)_mm512_loadu_si512(x));
+  }
+  // out[i] = sum(s[i * stride]) for i < n: 16 trees at once, each the tree of `sum`.
+  static void close(const Sum* s, int stride, int n, float* out) {
+    const __m512i order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
+    for (int i = 0; i < n; i += 16, s += 16 * stride) {
+      auto at = [&](int j) { return i + j < n ? s[j * stride].x : _mm512_setzero_ps(); };
+      __m512 t[8], u[4], v[2];
+      for (int j = 0; j < 8; ++j) {  // lanes k and k + 8
+        const __m512 a = at(j), b = at(j + 8);
+        t[j] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+      }
+      for (int j = 0; j < 4; ++j)  // k and k + 4
+        u[j] = _mm512_add_ps(_mm512_shuffle_f32x4(t[j], t[j + 4], 0x88), _mm512_shuffle_f32x4(t[j], t[j + 4], 0xdd));
+      for (int j = 0; j < 2; ++j)  // k and k + 2
+        v[j] = _mm512_add_ps(_mm512_shuffle_ps(u[j], u[j + 2], 0x44), _mm512_shuffle_ps(u[j], u[j + 2], 0xee));
+      const __m512 w = _mm512_add_ps(_mm512_shuffle_ps(v[0], v[1], 0x88), _mm512_shuffle_ps(v[0], v[1], 0xdd));
+      store_n(out + i, _mm512_permutexvar_ps(order, w), n - i);
+    }
+  }
+  // 32 floats to packed form
+  static void pack32(const float* x, void* out) {
+    __m512bh b = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + 16), _mm512_loadu_ps(x));
+    std::memcpy(out, &b, 64);
+  }
+
+  // bf16 pairs: a = even elements, b = odd elements of 32 values.
+  static void load_pairs(const uint16_t* p, F& a, F& b) {
+    __m512i x = _mm512_loadu_si512(p);
+    a = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+    b = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+};
+
+}  // namespace GEMMA_ISA
+}  // namespace gemma

@@ -1,0 +1,252 @@
+// The only description of Gemma's forward pass, for every generation, prefill and decode, CPU and GPU.
+// docs/MODEL.md walks through it; tests/reference.py is the same in NumPy.
+#include "model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <set>
+
+#include "quant.h"
+
+namespace gemma {
+
+void Cache::truncate(int64_t n) {
+  GEMMA_CHECK(n >= 0 && n <= length_, "truncate(", n, "): the cache holds ", length_, " positions");
+  if (ring_ && n > 0) {
+    // Position n sees keys from n - window + 1; slots hold the positions after high - ring.
+    const int64_t oldest = std::max<int64_t>(0, high_ - ring_);
+    GEMMA_CHECK(oldest == 0 || n - window_ + 1 >= oldest, "truncate(", n, "): sliding-window layers hold positions from ",
+                oldest, " on, so this cache can go back to ", oldest + window_ - 1, " at most, or to 0");
+  }
+  length_ = n;
+  if (n == 0) high_ = 0;
+}
+
+std::unique_ptr<Cache> Cache::clone() const {
+  auto copy = std::make_unique<Cache>(owner_, store_->clone(), capacity_, ring_, window_);
+  copy->length_ = length_;
+  copy->high_ = high_;
+  return copy;
+}
+
+namespace {
+
+std::string shape_text(int64_t rows, int64_t cols, bool vector) {
+  std::ostringstream s;
+  if (vector)
+    s << "[" << cols << "]";
+  else
+    s << "[" << rows << ", " << cols << "]";
+  return s.str();
+}
+
+DType matrix_target(const HostTensor& t, DType wanted, bool embedding) {
+  if (wanted == DType::F32) return encoding(t.type).quantized ? t.type : DType::BF16;
+  if (wanted == DType::Q4_0 && embedding) return DType::Q8_0;
+  return wanted;
+}
+
+}  // namespace
+
+Model::Model(const Config& config, const std::map<std::string, HostTensor>& tensors, std::unique_ptr<Backend> backend,
+             const LoadOptions& options)
+    : config_(config), backend_(std::move(backend)), kv_f32_(options.kv_f32) {
+  const Config& c = config_;
+  std::set<std::string> used;
+
+  auto find = [&](const std::string& name, int64_t rows, int64_t cols, bool vector) -> const HostTensor& {
+    auto it = tensors.find(name);
+    GEMMA_CHECK(it != tensors.end(), "tensor \"", name, "\" is missing; the config needs it with shape ",
+                shape_text(rows, cols, vector));
+    const HostTensor& t = it->second;
+    GEMMA_CHECK(t.rows == rows && t.cols == cols, "tensor \"", name, "\" has shape ", shape_text(t.rows, t.cols, vector),
+                ", the config needs ", shape_text(rows, cols, vector));
+    used.insert(name);
+    return t;
+  };
+  auto matrix = [&](const std::string& name, int64_t rows, int64_t cols) {
+    const HostTensor& t = find(name, rows, cols, false);
+    auto m = backend_->load_matrix(t, matrix_target(t, options.target, name == "model.embed_tokens.weight"), options.consumed);
+    listing_.push_back({name, m.get(), nullptr, 0});
+    return m;
+  };
+  auto vector = [&](const std::string& name, int64_t n) {
+    const HostTensor& t = find(name, 1, n, true);
+    auto v = backend_->load_vector(t, c.norm_offset);
+    listing_.push_back({name, nullptr, v.get(), n});
+    return v;
+  };
+
+  const int64_t D = c.hidden_size, F = c.intermediate_size, E = c.head_dim;
+  embedding_ = matrix("model.embed_tokens.weight", c.vocab_size, D);
+  layers_.resize(c.num_layers);
+  for (int64_t i = 0; i < c.num_layers; ++i) {
+    LayerWeights& w = layers_[i];
+    const std::string p = "model.layers." + std::to_string(i) + ".";
+    const bool slides = i < static_cast<int64_t>(c.sliding_layers.size()) && c.sliding_layers[i] && c.sliding_window > 0;
+    w.index = i;
+    w.window = slides ? c.sliding_window : 0;
+    w.rope_base = slides ? c.rope_base_local : c.rope_base;
+    w.rope_scale = slides ? 1.0f : c.rope_scale;
+
+    w.attn_norm = vector(p + "input_layernorm.weight", D);
+    w.q = matrix(p + "self_attn.q_proj.weight", c.num_heads * E, D);
+    w.k = matrix(p + "self_attn.k_proj.weight", c.num_kv_heads * E, D);
+    w.v = matrix(p + "self_attn.v_proj.weight", c.num_kv_heads * E, D);
+    w.o = matrix(p + "self_attn.o_proj.weight", D, c.num_heads * E);
+    if (c.qk_norm) {
+      w.q_norm = vector(p + "self_attn.q_norm.weight", E);
+      w.k_norm = vector(p + "self_attn.k_norm.weight", E);
+    }
+    if (c.post_norms) {
+      w.post_attn_norm = vector(p + "post_attention_layernorm.weight", D);
+      w.ffn_norm = vector(p + "pre_feedforward_layernorm.weight", D);
+      w.post_ffn_norm = vector(p + "post_feedforward_layernorm.weight", D);
+    } else {
+      w.ffn_norm = vector(p + "post_attention_layernorm.weight", D);  // the norm before the FFN, despite its name
+    }
+    w.gate = matrix(p + "mlp.gate_proj.weight", F, D);
+    w.up = matrix(p + "mlp.up_proj.weight", F, D);
+    w.down = matrix(p + "mlp.down_proj.weight", D, F);
+
+    int64_t ring = 0;
+    if (w.window) ring = (w.window + kMaxRows + kKeyBlock - 1) / kKeyBlock * kKeyBlock;
+    rings_.push_back(ring);
+    ring_ = std::max(ring_, ring);
+  }
+  final_norm_ = vector("model.norm.weight", D);
+  for (const auto& [name, t] : tensors)
+    GEMMA_CHECK(used.count(name), "tensor \"", name, "\" is not part of a model with this config");
+
+  x_ = backend_->new_buffer();
+  q_ = backend_->new_buffer();
+  attended_ = backend_->new_buffer();
+  hidden_ = backend_->new_buffer();
+}
+
+size_t Model::weight_bytes() const {
+  size_t total = 0;
+  for (const Weight& w : listing_) total += w.matrix ? w.matrix->bytes : w.length * sizeof(float);
+  return total;
+}
+
+int64_t Model::kv_bytes_per_token() const {
+  return 2 * config_.num_layers * config_.num_kv_heads * config_.head_dim * (kv_f32_ ? 4 : 2);
+}
+
+std::unique_ptr<Cache> Model::new_cache(int64_t capacity) const {
+  KvShape shape;
+  shape.f32 = kv_f32_;
+  shape.ring = rings_;
+  return std::make_unique<Cache>(this, backend_->new_kv(config_, shape), capacity, ring_, config_.sliding_window);
+}
+
+// Embedding and every layer: x[N, D] in, x[N, D] out.
+void Model::layers(const Rows& rows, const Poll& poll) {
+  const Config& c = config_;
+  Backend& b = *backend_;
+  const int64_t n = rows.n;
+  b.resize(*x_, n * c.hidden_size);
+  b.resize(*q_, n * c.num_heads * c.head_dim);
+  b.resize(*attended_, n * c.num_heads * c.head_dim);
+  b.resize(*hidden_, n * c.intermediate_size);
+
+  b.embed(*embedding_, rows, std::sqrt(static_cast<float>(c.hidden_size)), *x_);
+  for (const LayerWeights& w : layers_) {
+    poll();
+    b.qkv(c, w, rows, *x_, *q_);
+    b.attention(c, w, rows, *q_, *attended_);
+    b.project_add(c, *w.o, w.post_attn_norm.get(), n, *attended_, *x_);
+    b.gate_up(c, w, n, *x_, *hidden_);
+    b.project_add(c, *w.down, w.post_ffn_norm.get(), n, *hidden_, *x_);
+  }
+}
+
+void Model::forward(const std::vector<std::vector<int32_t>>& tokens, const std::vector<Cache*>& caches, const Output& out,
+                    const Poll& poll) {
+  const Config& c = config_;
+  const size_t batch = tokens.size();
+  GEMMA_CHECK(batch > 0, "no sequence given");
+  GEMMA_CHECK(batch == caches.size(), batch, " token arrays but ", caches.size(), " caches");
+  for (size_t i = 0; i < batch; ++i) {
+    const Cache& cache = *caches[i];
+    const int64_t n = static_cast<int64_t>(tokens[i].size());
+    GEMMA_CHECK(cache.owner_ == this, "cache ", i, " belongs to another model");
+    for (size_t j = 0; j < i; ++j) GEMMA_CHECK(caches[j] != caches[i], "sequences ", j, " and ", i, " share one cache");
+    GEMMA_CHECK(n > 0, "sequence ", i, " has no tokens; at least one is needed");
+    GEMMA_CHECK(n <= cache.capacity_ - cache.length_, "the cache holds ", cache.length_, " of ", cache.capacity_,
+                " positions; ", n, " more tokens do not fit");
+    for (int32_t t : tokens[i])
+      GEMMA_CHECK(t >= 0 && t < c.vocab_size, "token id ", t, " is outside the embedding's rows [0, ", c.vocab_size, ")");
+  }
+
+  std::vector<int64_t> done(batch, 0);
+  for (bool more = true; more;) {
+    poll();
+    // The next chunk: up to kMaxRows rows, filled sequence by sequence.
+    Rows rows;
+    std::vector<size_t> owner;
+    for (size_t i = 0; i < batch && rows.n < kMaxRows; ++i) {
+      const int64_t left = static_cast<int64_t>(tokens[i].size()) - done[i];
+      const int64_t count = std::min(left, kMaxRows - rows.n);
+      if (count == 0) continue;
+      rows.spans.push_back({caches[i]->store_.get(), rows.n, count, caches[i]->length_});
+      rows.tokens.insert(rows.tokens.end(), tokens[i].begin() + done[i], tokens[i].begin() + done[i] + count);
+      rows.n += count;
+      owner.push_back(i);
+    }
+    for (size_t s = 0; s < owner.size(); ++s) {
+      Cache& cache = *caches[owner[s]];
+      const int64_t end = rows.spans[s].position + rows.spans[s].count;
+      cache.store_->reserve(end);
+      cache.high_ = std::max(cache.high_, end);  // slots are overwritten even if this chunk is cancelled
+    }
+    layers(rows, poll);
+
+    // Results of this chunk, before its tokens count as appended.
+    std::vector<int64_t> pick;
+    if (out.kind == Output::last_logits || out.kind == Output::top_k) {
+      for (size_t s = 0; s < owner.size(); ++s) {
+        const Span& span = rows.spans[s];
+        const size_t i = owner[s];
+        if (done[i] + span.count < static_cast<int64_t>(tokens[i].size())) continue;
+        pick.assign(1, span.row + span.count - 1);
+        // Sequences that end in this chunk stand side by side, so that the head's weights are read once for all of them.
+        size_t run = s + 1;
+        while (run < owner.size() && owner[run] == i + (run - s) &&
+               done[owner[run]] + rows.spans[run].count == static_cast<int64_t>(tokens[owner[run]].size())) {
+          pick.push_back(rows.spans[run].row + rows.spans[run].count - 1);
+          ++run;
+        }
+        if (out.kind == Output::last_logits)
+          backend_->logits(c, *final_norm_, *embedding_, *x_, pick, out.values + i * c.vocab_size);
+        else
+          backend_->top_k(c, *final_norm_, *embedding_, *x_, pick, out.k, out.ids + i * out.k, out.values + i * out.k);
+        s = run - 1;
+      }
+    } else if (out.kind == Output::all_logits) {
+      // In slices, so that a cancelled call stops soon.
+      for (int64_t r = 0; r < rows.n; r += 64) {
+        poll();
+        pick.clear();
+        for (int64_t j = r; j < std::min(rows.n, r + 64); ++j) pick.push_back(j);
+        backend_->logits(c, *final_norm_, *embedding_, *x_, pick, out.values + (done[0] + r) * c.vocab_size);
+      }
+    } else if (out.kind == Output::score) {
+      std::vector<int32_t> target;
+      for (int64_t r = 0; r < rows.n && done[0] + r + 1 < static_cast<int64_t>(tokens[0].size()); ++r) {
+        pick.push_back(r);
+        target.push_back(tokens[0][done[0] + r + 1]);
+      }
+      if (!pick.empty()) backend_->logprobs(c, *final_norm_, *embedding_, *x_, pick, target, out.values + done[0]);
+    }
+    for (size_t s = 0; s < owner.size(); ++s) {
+      caches[owner[s]]->length_ += rows.spans[s].count;
+      done[owner[s]] += rows.spans[s].count;
+    }
+    more = false;
+    for (size_t i = 0; i < batch; ++i) more |= done[i] < static_cast<int64_t>(tokens[i].size());
+  }
+}
+
+}  // namespace gemma

@@ -1,0 +1,489 @@
+// The scalar specification of quant.h. Files and hosts are little-endian.
+#include "quant.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+namespace gemma {
+
+namespace {
+
+// The files' blocks, as ggml defines them; q, ql, qh, qs hold packed values, d and m half-precision scales and offsets.
+struct BlockQ8_0 {
+  uint16_t d;
+  int8_t q[32];
+};
+struct BlockQ4_0 {
+  uint16_t d;
+  uint8_t q[16];
+};
+struct BlockQ4_1 {
+  uint16_t d, m;
+  uint8_t q[16];
+};
+struct BlockQ5_0 {
+  uint16_t d;
+  uint8_t qh[4], q[16];
+};
+struct BlockQ5_1 {
+  uint16_t d, m;
+  uint8_t qh[4], q[16];
+};
+struct BlockQ4_K {
+  uint16_t d, dmin;
+  uint8_t scales[12], q[128];
+};
+struct BlockQ5_K {
+  uint16_t d, dmin;
+  uint8_t scales[12], qh[32], q[128];
+};
+struct BlockQ6_K {
+  uint8_t ql[128], qh[64];
+  int8_t scales[16];
+  uint16_t d;
+};
+static_assert(sizeof(BlockQ8_0) == 34 && sizeof(BlockQ4_0) == 18 && sizeof(BlockQ4_1) == 20, "as in files");
+static_assert(sizeof(BlockQ5_0) == 22 && sizeof(BlockQ5_1) == 24, "as in files");
+static_assert(sizeof(BlockQ4_K) == 144 && sizeof(BlockQ5_K) == 176 && sizeof(BlockQ6_K) == 210, "as in files");
+
+constexpr Encoding kEncodings[] = {
+    {"F32", 1, 4, 0, false},          {"F16", 1, 2, 0, false},         {"BF16", 1, 2, 0, false},
+    {"Q8_0", 32, 34, 1088, true},     {"Q4_0", 32, 18, 576, true},     {"Q4_1", 32, 20, 640, true},
+    {"Q5_0", 32, 22, 704, true},      {"Q5_1", 32, 24, 768, true},     {"Q4_K", 256, 144, 4608, true},
+    {"Q5_K", 256, 176, 5632, true},   {"Q6_K", 256, 210, 6720, true},
+};
+
+// Where a block of 32 along K has its parts, in a file's block and in a panel's unit. -1: it has none.
+struct Layout {
+  int bits;
+  int offset;                      // value = byte - offset
+  int file_d, file_m;              // halves in the file's block
+  int unit_planes, planes_stride;  // the unit's first plane, and the distance to the next block's
+  bool two_level;                  // Q4_K Q5_K
+};
+
+Layout layout(DType t) {
+  switch (t) {
+    case DType::Q8_0: return {8, 128, 0, -1, 64, 0, false};
+    case DType::Q4_0: return {4, 8, 0, -1, 64, 0, false};
+    case DType::Q4_1: return {4, 0, 0, 2, 128, 0, false};
+    case DType::Q5_0: return {5, 16, 0, -1, 64, 0, false};
+    case DType::Q5_1: return {5, 0, 0, 2, 128, 0, false};
+    case DType::Q4_K: return {4, 0, 0, 2, 512, 512, true};
+    case DType::Q5_K: return {5, 0, 0, 2, 512, 640, true};
+    case DType::Q6_K: return {6, 32, offsetof(BlockQ6_K, d), -1, 128, 832, false};
+    default: fail("not a quantised type");
+  }
+}
+
+uint32_t load32(const void* p) {
+  uint32_t x;
+  std::memcpy(&x, p, 4);
+  return x;
+}
+void store32(void* p, uint32_t x) { std::memcpy(p, &x, 4); }
+uint16_t load16(const void* p) {
+  uint16_t x;
+  std::memcpy(&x, p, 2);
+  return x;
+}
+void store16(void* p, uint16_t x) { std::memcpy(p, &x, 2); }
+
+constexpr uint32_t kOnes = 0x01010101u, kLow = 0x0f0f0f0fu, kPairs = 0x03030303u;
+
+// Four bits to the lowest bits of four bytes.
+uint32_t spread4(uint32_t x) { return ((x & 15) * 0x00204081u) & kOnes; }
+uint32_t gather4(uint32_t x) { return ((x & kOnes) * 0x10204080u) >> 28; }
+
+// The 32 values of block j (of the file block's 1 or 8), four a word, as unsigned bytes.
+void read_values(DType t, const uint8_t* p, int j, uint32_t* w) {
+  switch (t) {
+    case DType::Q8_0:
+      for (int i = 0; i < 8; ++i) w[i] = load32(p + 2 + 4 * i) ^ 0x80808080u;
+      return;
+    case DType::Q4_0:
+    case DType::Q4_1:
+    case DType::Q5_0:
+    case DType::Q5_1: {
+      const uint8_t* q = p + kEncodings[static_cast<int>(t)].block_bytes - 16;
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t x = load32(q + 4 * i);
+        w[i] = x & kLow;
+        w[i + 4] = x >> 4 & kLow;
+      }
+      if (t == DType::Q5_0 || t == DType::Q5_1) {
+        const uint32_t h = load32(q - 4);
+        for (int i = 0; i < 8; ++i) w[i] |= spread4(h >> 4 * i) << 4;
+      }
+      return;
+    }
+    case DType::Q4_K:
+    case DType::Q5_K: {
+      const uint8_t* q = p + (t == DType::Q4_K ? offsetof(BlockQ4_K, q) : offsetof(BlockQ5_K, q)) + 32 * (j / 2);
+      for (int i = 0; i < 8; ++i) w[i] = load32(q + 4 * i) >> 4 * (j % 2) & kLow;
+      if (t == DType::Q5_K)
+        for (int i = 0; i < 8; ++i) w[i] |= (load32(p + offsetof(BlockQ5_K, qh) + 4 * i) >> j & kOnes) << 4;
+      return;
+    }
+    case DType::Q6_K: {
+      const uint8_t* ql = p + 64 * (j / 4) + 32 * (j % 2);
+      const uint8_t* qh = p + offsetof(BlockQ6_K, qh) + 32 * (j / 4);
+      const int s = j % 4;
+      for (int i = 0; i < 8; ++i) w[i] = (load32(ql + 4 * i) >> 4 * (s / 2) & kLow) | (load32(qh + 4 * i) >> 2 * s & kPairs) << 4;
+      return;
+    }
+    default:
+      return;
+  }
+}
+
+// The inverse, into a file block that starts as zeros.
+void write_values(DType t, uint8_t* p, int j, const uint32_t* w) {
+  auto merge = [](uint8_t* at, uint32_t bits) { store32(at, load32(at) | bits); };
+  switch (t) {
+    case DType::Q8_0:
+      for (int i = 0; i < 8; ++i) store32(p + 2 + 4 * i, w[i] ^ 0x80808080u);
+      return;
+    case DType::Q4_0:
+    case DType::Q4_1:
+    case DType::Q5_0:
+    case DType::Q5_1: {
+      uint8_t* q = p + kEncodings[static_cast<int>(t)].block_bytes - 16;
+      for (int i = 0; i < 4; ++i) store32(q + 4 * i, (w[i] & kLow) | (w[i + 4] & kLow) << 4);
+      if (t == DType::Q5_0 || t == DType::Q5_1)
+        for (int i = 0; i < 8; ++i) merge(q - 4, gather4(w[i] >> 4) << 4 * i);
+      return;
+    }
+    case DType::Q4_K:
+    case DType::Q5_K: {
+      uint8_t* q = p + (t == DType::Q4_K ? offsetof(BlockQ4_K, q) : offsetof(BlockQ5_K, q)) + 32 * (j / 2);
+      for (int i = 0; i < 8; ++i) merge(q + 4 * i, (w[i] & kLow) << 4 * (j % 2));
+      if (t == DType::Q5_K)
+        for (int i = 0; i < 8; ++i) merge(p + offsetof(BlockQ5_K, qh) + 4 * i, (w[i] >> 4 & kOnes) << j);
+      return;
+    }
+    case DType::Q6_K: {
+      uint8_t* ql = p + 64 * (j / 4) + 32 * (j % 2);
+      uint8_t* qh = p + offsetof(BlockQ6_K, qh) + 32 * (j / 4);
+      const int s = j % 4;
+      for (int i = 0; i < 8; ++i) {
+        merge(ql + 4 * i, (w[i] & kLow) << 4 * (s / 2));
+        merge(qh + 4 * i, (w[i] >> 4 & kPairs) << 2 * s);
+      }
+      return;
+    }
+    default:
+      return;
+  }
+}
+
+// One row's values of a block in a panel's planes (r < 32), see quant.h.
+void write_planes(int bits, uint8_t* planes, const uint32_t (*w)[8]) {
+  if (bits == 8) {
+    for (int i = 0; i < 8; ++i)
+      for (int r = 0; r < kPanel; ++r) store32(planes + i * 128 + r * 4, w[r][i]);
+    return;
+  }
+  if (bits == 5) {
+    for (int r = 0; r < kPanel; ++r) {
+      uint32_t x = 0;
+      for (int i = 0; i < 8; ++i) x |= (w[r][i] >> 4 & kOnes) << i;
+      store32(planes + r * 4, x);
+    }
+    planes += 128;
+  }
+  if (bits == 6) {
+    for (int g = 0; g < 2; ++g)
+      for (int r = 0; r < kPanel; ++r) {
+        uint32_t x = 0;
+        for (int i = 0; i < 4; ++i) x |= (w[r][4 * g + i] >> 4 & kPairs) << 2 * i;
+        store32(planes + g * 128 + r * 4, x);
+      }
+    planes += 256;
+  }
+  for (int i = 0; i < 8; ++i)
+    for (int r = 0; r < 16; ++r) store32(planes + i * 64 + r * 4, (w[r][i] & kLow) | (w[r + 16][i] & kLow) << 4);
+}
+
+void read_planes(int bits, const uint8_t* planes, int r, uint32_t* w) {
+  if (bits == 8) {
+    for (int i = 0; i < 8; ++i) w[i] = load32(planes + i * 128 + r * 4);
+    return;
+  }
+  const uint8_t* high = planes;
+  planes += bits == 5 ? 128 : bits == 6 ? 256 : 0;
+  for (int i = 0; i < 8; ++i) w[i] = load32(planes + i * 64 + r % 16 * 4) >> 4 * (r / 16) & kLow;
+  if (bits == 5)
+    for (int i = 0; i < 8; ++i) w[i] |= (load32(high + r * 4) >> i & kOnes) << 4;
+  if (bits == 6)
+    for (int i = 0; i < 8; ++i) w[i] |= (load32(high + i / 4 * 128 + r * 4) >> 2 * (i % 4) & kPairs) << 4;
+}
+
+// Six-bit scale and offset j of a Q4_K or Q5_K block.
+void read_scale(const uint8_t* s, int j, int* sc, int* mn) {
+  if (j < 4) {
+    *sc = s[j] & 63;
+    *mn = s[j + 4] & 63;
+  } else {
+    *sc = (s[j + 4] & 15) | (s[j - 4] >> 6) << 4;
+    *mn = s[j + 4] >> 4 | (s[j] >> 6) << 4;
+  }
+}
+
+void write_scale(uint8_t* s, int j, int sc, int mn) {  // over zeros
+  if (j < 4) {
+    s[j] |= static_cast<uint8_t>(sc);
+    s[j + 4] |= static_cast<uint8_t>(mn);
+  } else {
+    s[j + 4] |= static_cast<uint8_t>((sc & 15) | (mn & 15) << 4);
+    s[j - 4] |= static_cast<uint8_t>((sc >> 4) << 6);
+    s[j] |= static_cast<uint8_t>((mn >> 4) << 6);
+  }
+}
+
+// value = d * (byte - offset) + m, with a scale every 16 values; d2 is that of the second half.
+struct Scales {
+  float d, d2, m;
+};
+
+void decode_values(const uint32_t* w, int offset, const Scales& s, float* out) {
+  for (int i = 0; i < 32; ++i) {
+    const int q = static_cast<int>(w[i / 4] >> 8 * (i % 4) & 255) - offset;
+    out[i] = (i < 16 ? s.d : s.d2) * static_cast<float>(q) + s.m;
+  }
+}
+
+Scales file_scales(DType t, const Layout& l, const uint8_t* p, int j) {
+  const float d = half_to_float(load16(p + l.file_d)), m = l.file_m < 0 ? 0 : half_to_float(load16(p + l.file_m));
+  if (l.two_level) {
+    int sc, mn;
+    read_scale(p + 4, j, &sc, &mn);
+    return {d * static_cast<float>(sc), d * static_cast<float>(sc), -(m * static_cast<float>(mn))};
+  }
+  if (t == DType::Q6_K) {
+    const auto* s = reinterpret_cast<const int8_t*>(p + offsetof(BlockQ6_K, scales)) + 2 * j;
+    return {d * static_cast<float>(s[0]), d * static_cast<float>(s[1]), 0};
+  }
+  return {d, d, m};
+}
+
+int blocks_of(DType t) { return encoding(t).block / kBlock; }
+
+// Row r's scales of block j of a unit, in the file's form, into a file block that starts as zeros.
+void untile_scales(DType t, const Layout& l, const uint8_t* unit, int r, uint8_t* p) {
+  store16(p + l.file_d, load16(unit + 2 * r));
+  if (l.file_m >= 0) store16(p + l.file_m, load16(unit + 64 + 2 * r));
+  for (int j = 0; j < 8; ++j) {
+    if (l.two_level) {
+      const uint32_t hi = load32(unit + 128 + 4 * r) >> 4 * j;
+      const uint8_t lo = unit[256 + 32 * j + r];
+      write_scale(p + 4, j, static_cast<int>((lo & 15) | (hi & 3) << 4), static_cast<int>(lo >> 4 | (hi >> 2 & 3) << 4));
+    }
+    if (t == DType::Q6_K)
+      for (int h = 0; h < 2; ++h) p[offsetof(BlockQ6_K, scales) + 2 * j + h] = unit[64 + j * l.planes_stride + 32 * h + r];
+  }
+}
+
+}  // namespace
+
+const Encoding& encoding(DType type) { return kEncodings[static_cast<int>(type)]; }
+
+size_t row_bytes(DType type, int64_t k) {
+  const Encoding& e = encoding(type);
+  return static_cast<size_t>((k + e.block - 1) / e.block) * static_cast<size_t>(e.block_bytes);
+}
+
+size_t panel_bytes(DType type, int64_t k) {
+  const Encoding& e = encoding(type);
+  return static_cast<size_t>((k + e.block - 1) / e.block) * static_cast<size_t>(e.unit_bytes);
+}
+
+size_t tiled_bytes(DType type, int64_t rows, int64_t k) {
+  return static_cast<size_t>((rows + kPanel - 1) / kPanel) * panel_bytes(type, k);
+}
+
+float bf16_to_float(uint16_t b) {
+  const uint32_t x = static_cast<uint32_t>(b) << 16;
+  float f;
+  std::memcpy(&f, &x, 4);
+  return f;
+}
+
+uint16_t float_to_bf16(float f) {
+  const uint32_t x = load32(&f);
+  if ((x & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>(x >> 16 | 0x40);  // NaN stays NaN
+  return static_cast<uint16_t>((x + 0x7fff + (x >> 16 & 1)) >> 16);
+}
+
+float half_to_float(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, e = h >> 10 & 31, m = h & 1023;
+  uint32_t x;
+  if (e == 0) {
+    const float f = static_cast<float>(m) * 5.9604644775390625e-8f;  // 2^-24
+    x = load32(&f) | sign;
+  } else {
+    x = sign | (e == 31 ? 0x7f800000u | m << 13 : (e + 112) << 23 | m << 13);
+  }
+  float f;
+  std::memcpy(&f, &x, 4);
+  return f;
+}
+
+uint16_t float_to_half(float f) {
+  const uint32_t x = load32(&f), sign = x >> 16 & 0x8000, a = x & 0x7fffffffu;
+  if (a > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00);
+  if (a >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00);  // rounds to infinity
+  if (a < 0x38800000u) {                                              // subnormal: a multiple of 2^-24
+    const float v = std::fabs(f) * 16777216.0f;
+    return static_cast<uint16_t>(sign | static_cast<uint32_t>(std::nearbyint(v)));
+  }
+  const uint32_t r = a + 0xfff + (a >> 13 & 1);
+  return static_cast<uint16_t>(sign | ((r - 0x38000000u) >> 13));
+}
+
+void decode_row(DType type, const uint8_t* row, int64_t k, float* out) {
+  switch (type) {
+    case DType::F32:
+      std::memcpy(out, row, static_cast<size_t>(k) * 4);
+      return;
+    case DType::F16:
+      for (int64_t i = 0; i < k; ++i) out[i] = half_to_float(load16(row + 2 * i));
+      return;
+    case DType::BF16:
+      for (int64_t i = 0; i < k; ++i) out[i] = bf16_to_float(load16(row + 2 * i));
+      return;
+    default:
+      break;
+  }
+  const Layout l = layout(type);
+  const int per = blocks_of(type);
+  for (int64_t b = 0; b < k / kBlock; ++b) {
+    const uint8_t* p = row + b / per * encoding(type).block_bytes;
+    uint32_t w[8];
+    read_values(type, p, static_cast<int>(b % per), w);
+    decode_values(w, l.offset, file_scales(type, l, p, static_cast<int>(b % per)), out + b * kBlock);
+  }
+}
+
+void decode_tiled_row(DType type, const uint8_t* panel, int r, int64_t k, float* out) {
+  const Layout l = layout(type);
+  const int per = blocks_of(type);
+  for (int64_t b = 0; b * kBlock < k; ++b) {
+    const uint8_t* unit = panel + b / per * encoding(type).unit_bytes;
+    const int j = static_cast<int>(b % per);
+    const float d = half_to_float(load16(unit + 2 * r)), m = l.file_m < 0 ? 0 : half_to_float(load16(unit + 64 + 2 * r));
+    Scales s{d, d, m};
+    if (l.two_level) {
+      const uint32_t hi = load32(unit + 128 + 4 * r) >> 4 * j;
+      const uint8_t lo = unit[256 + 32 * j + r];
+      s.d = s.d2 = d * static_cast<float>((lo & 15) | (hi & 3) << 4);
+      s.m = -(m * static_cast<float>(lo >> 4 | (hi >> 2 & 3) << 4));
+    } else if (type == DType::Q6_K) {
+      const auto* sc = reinterpret_cast<const int8_t*>(unit + 64 + j * l.planes_stride) + r;
+      s.d = d * static_cast<float>(sc[0]);
+      s.d2 = d * static_cast<float>(sc[32]);
+    }
+    uint32_t w[8];
+    read_planes(l.bits, unit + l.unit_planes + j * l.planes_stride, r, w);
+    float last[kBlock];
+    const bool whole = (b + 1) * kBlock <= k;
+    decode_values(w, l.offset, s, whole ? out + b * kBlock : last);
+    if (!whole) std::memcpy(out + b * kBlock, last, static_cast<size_t>(k - b * kBlock) * sizeof(float));
+  }
+}
+
+void tile_panel(DType type, const uint8_t* src, size_t row_stride, int rows, int64_t k, uint8_t* panel) {
+  const Encoding& e = encoding(type);
+  const Layout l = layout(type);
+  const int per = blocks_of(type);
+  // Rows past the end: scale 0, values at the zero point.
+  alignas(64) uint32_t w[kPanel][8];
+  for (int r = rows; r < kPanel; ++r)
+    for (uint32_t& x : w[r]) x = static_cast<uint32_t>(l.offset) * kOnes;
+  for (int64_t u = 0; u * e.block < k; ++u, panel += e.unit_bytes) {
+    const uint8_t* p = src + u * e.block_bytes;
+    if (rows < kPanel || l.two_level) std::memset(panel, 0, static_cast<size_t>(l.unit_planes));
+    for (int r = 0; r < rows; ++r) {
+      const uint8_t* block = p + r * row_stride;
+      store16(panel + 2 * r, load16(block + l.file_d));
+      if (l.file_m >= 0) store16(panel + 64 + 2 * r, load16(block + l.file_m));
+      if (l.two_level) {
+        uint32_t hi = 0;
+        for (int j = 0; j < 8; ++j) {
+          int sc, mn;
+          read_scale(block + 4, j, &sc, &mn);
+          panel[256 + 32 * j + r] = static_cast<uint8_t>((sc & 15) | (mn & 15) << 4);
+          hi |= static_cast<uint32_t>(sc >> 4 | (mn >> 4) << 2) << 4 * j;
+        }
+        store32(panel + 128 + 4 * r, hi);
+      }
+    }
+    for (int j = 0; j < per; ++j) {
+      uint8_t* planes = panel + l.unit_planes + j * l.planes_stride;
+      if (type == DType::Q6_K) {
+        if (rows < kPanel) std::memset(planes - 64, 0, 64);
+        for (int r = 0; r < rows; ++r)
+          for (int h = 0; h < 2; ++h) planes[32 * h + r - 64] = p[r * row_stride + offsetof(BlockQ6_K, scales) + 2 * j + h];
+      }
+      for (int r = 0; r < rows; ++r) read_values(type, p + r * row_stride, j, w[r]);
+      write_planes(l.bits, planes, w);
+    }
+  }
+}
+
+void untile_row(DType type, const uint8_t* panel, int r, int64_t k, uint8_t* row) {
+  const Encoding& e = encoding(type);
+  const Layout l = layout(type);
+  for (int64_t u = 0; u * e.block < k; ++u, panel += e.unit_bytes, row += e.block_bytes) {
+    std::memset(row, 0, static_cast<size_t>(e.block_bytes));
+    untile_scales(type, l, panel, r, row);
+    for (int j = 0; j < blocks_of(type); ++j) {
+      uint32_t w[8];
+      read_planes(l.bits, panel + l.unit_planes + j * l.planes_stride, r, w);
+      write_values(type, row, j, w);
+    }
+  }
+}
+
+void encode_row(DType type, const float* x, int64_t k, uint8_t* row) {
+  GEMMA_CHECK(type == DType::Q8_0 || type == DType::Q4_0, "only Q8_0 and Q4_0 can be encoded");
+  for (int64_t b = 0; b * kBlock < k; ++b, row += encoding(type).block_bytes) {
+    float v[kBlock] = {};
+    const int n = static_cast<int>(k - b * kBlock < kBlock ? k - b * kBlock : kBlock);
+    std::memcpy(v, x + b * kBlock, static_cast<size_t>(n) * sizeof(float));
+    float top = 0;  // the value farthest from zero
+    for (float f : v) {
+      GEMMA_CHECK(std::isfinite(f), "a weight is ", f, ": only finite values can be quantised");
+      if (std::fabs(f) > std::fabs(top)) top = f;
+    }
+    uint32_t w[8] = {};
+    if (type == DType::Q8_0) {
+      const float d = std::fabs(top) / 127, inverse = d > 0 ? 1 / d : 0;
+      store16(row, float_to_half(d));
+      for (int i = 0; i < kBlock; ++i) w[i / 4] |= static_cast<uint32_t>(static_cast<int>(std::lround(v[i] * inverse)) + 128) << 8 * (i % 4);
+    } else {
+      // The scale of least squared error among a few around the one that makes the farthest value -8.
+      float best_d = 0, best_error = std::numeric_limits<float>::infinity();
+      for (int s = -8; s <= 8; ++s) {
+        const float d = half_to_float(float_to_half(top / (-8 + 0.1f * static_cast<float>(s)))), inverse = d != 0 ? 1 / d : 0;
+        float error = 0;
+        for (float f : v) {
+          const float q = std::fmin(15.0f, std::fmax(0.0f, std::floor(f * inverse + 8.5f))) - 8;
+          error += (f - d * q) * (f - d * q);
+        }
+        if (error < best_error) {
+          best_error = error;
+          best_d = d;
+        }
+      }
+      const float inverse = best_d != 0 ? 1 / best_d : 0;
+      store16(row, float_to_half(best_d));
+      for (int i = 0; i < kBlock; ++i)
+        w[i / 4] |= static_cast<uint32_t>(std::fmin(15.0f, std::fmax(0.0f, std::floor(v[i] * inverse + 8.5f)))) << 8 * (i % 4);
+    }
+    write_values(type, row, 0, w);
+  }
+}
+
+}  // namespace gemma

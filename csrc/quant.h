@@ -1,0 +1,64 @@
+// Weight encodings: what a file's blocks mean, and how they are re-laid ("tiled") for the kernels.
+//
+// A tiled matrix is a sequence of panels of 32 weight rows (the last one padded with rows of zeros). A panel walks K
+// in units of 32 (Q8_0 Q4_0 Q4_1 Q5_0 Q5_1) or 256 (Q4_K Q5_K Q6_K), so that a SIMD lane owns a weight row and one
+// sequential read feeds 32 rows. Values are re-laid, never re-quantised: untiling gives the file's bytes back.
+//
+// Planes of one block of 32 along K, r = row within 16, h = row / 16, k = 4 * k4 + kk:
+//   8-bit   [8 k4][2 h][16 r][4 kk]         byte = q + 128                                        1024 bytes
+//   4-bit   [8 k4][16 r][4 kk]              low nibble: row r, high nibble: row r + 16              512 bytes
+//   1-bit   [2 h][16 r][4 kk]               bit k4 = bit 4 of that value                            128 bytes
+//   2-bit   [2 g][2 h][16 r][4 kk]          bits 2i, 2i+1 = bits 4, 5 of k4 = 4 g + i               256 bytes
+// Units (fp16 arrays have one entry a row of the panel):
+//   Q8_0    d[32], 8-bit                    Q4_0    d[32], 4-bit             Q4_1    d[32], m[32], 4-bit
+//   Q5_0    d[32], 1-bit, 4-bit             Q5_1    d[32], m[32], 1-bit, 4-bit
+//   Q4_K    d[32], dmin[32], uint32 hi[32], uint8 lo[8][32], then 8 x { 4-bit }
+//   Q5_K    the same header, then 8 x { 1-bit, 4-bit }
+//             sc_j = (lo[j] & 15) | (hi >> 4j & 3) << 4      min_j = lo[j] >> 4 | (hi >> (4j + 2) & 3) << 4
+//   Q6_K    d[32], then 8 x { int8 sc[2 halves of 16 along K][32], 2-bit, 4-bit }
+// Every plane starts at a multiple of 64 bytes from the panel's start, and no unit is larger than the file's blocks.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "tensor.h"
+
+namespace gemma {
+
+constexpr int kPanel = 32;  // weight rows a panel
+constexpr int kBlock = 32;  // K values that share one activation scale
+
+struct Encoding {
+  const char* name;
+  int block;          // values a file block
+  int block_bytes;    // bytes a file block
+  int unit_bytes;     // bytes a unit of a panel: 32 rows x block values
+  bool quantized;
+};
+
+const Encoding& encoding(DType type);
+// Bytes of one row of k values as files store it. k must be a multiple of the block (checked by the caller).
+size_t row_bytes(DType type, int64_t k);
+// Bytes of a tiled matrix; rows are padded to 32 and k to the block.
+size_t panel_bytes(DType type, int64_t k);
+size_t tiled_bytes(DType type, int64_t rows, int64_t k);
+
+float half_to_float(uint16_t h);
+uint16_t float_to_half(float f);      // round to nearest even
+uint16_t float_to_bf16(float f);      // round to nearest even, NaN kept
+float bf16_to_float(uint16_t b);
+
+// One row of a file (F32, F16, BF16 or blocks) to float32.
+void decode_row(DType type, const uint8_t* row, int64_t k, float* out);
+// float32 to file blocks; type is Q8_0 or Q4_0. k may be any positive number: the last block is padded with zeros.
+void encode_row(DType type, const float* x, int64_t k, uint8_t* row);
+
+// rows (<= 32) file rows, row_stride bytes apart, to one panel.
+void tile_panel(DType type, const uint8_t* src, size_t row_stride, int rows, int64_t k, uint8_t* panel);
+// Row r of a panel back to the file's blocks.
+void untile_row(DType type, const uint8_t* panel, int r, int64_t k, uint8_t* row);
+// Row r of a panel to float32 (the embedding's look-up).
+void decode_tiled_row(DType type, const uint8_t* panel, int r, int64_t k, float* out);
+
+}  // namespace gemma

@@ -1,0 +1,58 @@
+"""The directions in which the parts may know each other."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh"}]
+CUDA_HEADER = re.compile(r"cuda|cublas|cutlass|nvrtc|mma\.h|<cooperative_groups", re.I)
+# A module may import the modules named beside it, errors and config at any time, and (only the last two) the compiled one.
+PYTHON = {
+    "__main__": {"cli"},
+    "cli": {"gemma", "measure", "sampling", "weights", "chat", "_native"},
+    "measure": {"weights", "_native"},
+    "gemma": {"weights", "tokenizer", "sampling", "chat", "_native"},
+    "chat": {"tokenizer", "sampling"},
+    "sampling": set(),
+    "tokenizer": set(),
+    "weights": {"gguf", "tokenizer", "safetensors", "packed", "demo"},
+    "gguf": {"tokenizer"},
+    "config": set(),
+    "errors": set(),
+}
+
+
+def includes(path: Path) -> list[str]:
+    return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)', path.read_text(), re.M)
+
+
+@pytest.mark.skipif(not SOURCES, reason="runs in a checkout")
+def test_cpp_include_directions() -> None:
+    for path in SOURCES:
+        name = path.relative_to(ROOT / "csrc").as_posix()
+        for header in includes(path):
+            if CUDA_HEADER.search(header):
+                assert name.startswith("cuda/"), f"{name} includes {header}"
+            if header.startswith("pybind11"):
+                assert name == "bindings.cpp", f"{name} includes {header}"
+            if re.search(r"(^|/)(cpu|cuda)/", header):
+                assert name not in {"model.cpp", "model.h", "backend.h", "config.h", "tensor.h"}, f"{name}: {header}"
+            if name.startswith("cpu/"):
+                assert not header.endswith(("model.h", "bindings.h")), f"{name} includes {header}"
+
+
+@pytest.mark.skipif(not SOURCES, reason="runs in a checkout")
+def test_python_import_directions() -> None:
+    for path in (ROOT / "python" / "gemma_native").glob("*.py"):
+        if path.stem == "__init__":
+            continue
+        text = path.read_text()
+        found = set(re.findall(r"^\s*from \.(\w+) import", text, re.M))
+        found |= set(re.findall(r"^\s*from gemma_native\.(\w+) import", text, re.M))
+        for names in re.findall(r"^\s*from \. import (.+)$", text, re.M):
+            found |= {part.split(" as ")[0].strip() for part in names.split(",")}
+        assert found <= PYTHON.get(path.stem, set()) | {"errors", "config"}, f"{path.name} imports {sorted(found)}"

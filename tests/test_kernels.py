@@ -1,0 +1,165 @@
+"""Every kernel against float64, on odd sizes, with tolerances from eps and norms.
+
+The file runs under the instruction-set level that this process chose; `test_levels.py` runs it again under every other level.
+"""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+
+from gemma_native import _native
+
+T = _native.testing
+EPS = 2.0**-24  # half a unit in the last place of float32
+BLOCK = {"Q8_0": 32, "Q4_0": 32, "Q4_1": 32, "Q5_0": 32, "Q5_1": 32, "Q4_K": 256, "Q5_K": 256, "Q6_K": 256}
+SIZES = {k: (n, v) for k, (n, v) in {q.name: gguf.GGML_QUANT_SIZES[q] for q in gguf.GGMLQuantizationType}.items() if k in BLOCK}
+
+
+def random_blocks(name: str, rows: int, k: int, rng: np.random.Generator) -> bytes:
+    """Valid random blocks of a GGUF type: any quants, small finite scales."""
+    block, size = SIZES[name]
+    n = rows * k // block
+    raw = rng.integers(0, 256, (n, size), dtype=np.uint8)
+    halves = {"Q8_0": [0], "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
+    for at in halves[name]:
+        scale = (rng.uniform(0.5, 1.5, n) * rng.choice([-1, 1], n) * 0.01).astype(np.float16)
+        raw[:, at : at + 2] = scale.view(np.uint8).reshape(n, 2)
+    if name == "Q8_0":
+        raw[:, 2:][raw[:, 2:] == 128] = 127  # -128 does not occur in files
+    return raw.tobytes()
+
+
+def dequantize(name: str, data: bytes, rows: int, k: int) -> np.ndarray:
+    kind = gguf.GGMLQuantizationType[name]
+    return gguf.quants.dequantize(np.frombuffer(data, np.uint8).reshape(rows, -1), kind).reshape(rows, k)
+
+
+def quantized_activations(x: np.ndarray) -> np.ndarray:
+    """What the kernels' int8 blocks of 32 make of x (a K that is no multiple of 32 is padded with zeros)."""
+    m, k = x.shape
+    p = np.zeros((m, -(-k // 32) * 32), np.float32)
+    p[:, :k] = x
+    b = p.reshape(m, -1, 32)
+    top = np.abs(b).max(-1, keepdims=True)
+    inverse = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 0)
+    q = np.rint(b * inverse).astype(np.float64)
+    return (q * (top * np.float32(1 / 127))).reshape(m, -1)[:, :k]
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 5, 63, 64, 65, 130])
+@pytest.mark.parametrize("name", BLOCK)
+def test_quantized_product(name: str, m: int) -> None:
+    rng = np.random.default_rng([m, len(name), ord(name[1])])
+    for rows, k in ((1, BLOCK[name]), (31, 256), (33, 768), (70, 512)):
+        data = random_blocks(name, rows, k, rng)
+        w = dequantize(name, data, rows, k).astype(np.float64)
+        x = (rng.standard_normal((m, k)) * np.exp(rng.standard_normal((m, k)))).astype(np.float32)
+        y = T.product(name, data, rows, k, x, threads=2)
+        q = quantized_activations(x)
+        # Each of K/16 fused additions rounds once, relative to the partial sums, which |w| |q| bounds (offsets included).
+        bound = (k // 16 + 8) * 2 * EPS * (np.abs(q) @ (np.abs(w) + np.abs(w).max()).T) + 1e-30
+        assert y.shape == (m, rows)
+        assert (np.abs(y - q @ w.T) <= bound).all()
+        # And the quantisation of activations costs at most half a step a value.
+        step = np.abs(x).reshape(m, -1, 32).max(-1).repeat(32, 1) / 127
+        assert (np.abs(y - x.astype(np.float64) @ w.T) <= bound + 0.51 * step @ np.abs(w).T).all()
+
+
+@pytest.mark.parametrize("m", [1, 2, 5, 6, 7, 13, 49, 100])
+def test_bf16_product(m: int) -> None:
+    rng = np.random.default_rng(m)
+    for rows, k in ((1, 1), (3, 31), (32, 32), (33, 100), (70, 333), (5, 4096), (4, 4097), (37, 8200)):
+        w16 = (rng.standard_normal((rows, k)).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+        w = (w16.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        x = rng.standard_normal((m, k)).astype(np.float32)
+        y = T.product("BF16", w16.tobytes(), rows, k, x, threads=2)
+        # Activations stay float32, except where bf16 instructions round them (8 bits of precision).
+        rounding = 2.0**-8 if _native.isa() == "avx512" else 0.0
+        bound = ((k / 16 + 8) * 2 * EPS + rounding) * (np.abs(x).astype(np.float64) @ np.abs(w).T)
+        assert (np.abs(y - x.astype(np.float64) @ w.T) <= bound).all()
+
+
+@pytest.mark.parametrize("name", [*BLOCK, "BF16"])
+def test_product_bits_do_not_depend_on_company_or_threads(name: str) -> None:
+    rng = np.random.default_rng(7)
+    rows, k, m = 100, 768, 150
+    if name == "BF16":
+        data = (rng.standard_normal((rows, k)).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16).tobytes()
+    else:
+        data = random_blocks(name, rows, k, rng)
+    x = rng.standard_normal((m, k)).astype(np.float32)
+    together = T.product(name, data, rows, k, x, threads=1)
+    for threads in (2, 3):
+        assert T.product(name, data, rows, k, x, threads=threads).tobytes() == together.tobytes()
+    for i in (0, 1, 63, 64, 149):
+        assert T.product(name, data, rows, k, x[i : i + 1]).tobytes() == together[i].tobytes()
+    for a, b in ((3, 5), (60, 70), (7, 20)):
+        assert T.product(name, data, rows, k, x[a:b]).tobytes() == together[a:b].tobytes()
+
+
+@pytest.mark.parametrize("name", BLOCK)
+def test_bad_activations_stay_bad(name: str) -> None:
+    """NaN or infinity in a row reaches that row's result, and no other's."""
+    data = random_blocks(name, 32, 256, np.random.default_rng(0))
+    x = np.ones((3, 256), np.float32)
+    x[1, 77] = np.nan
+    x[2, 3] = np.inf
+    y = T.product(name, data, 32, 256, x)
+    assert np.isfinite(y[0]).all() and np.isnan(y[1]).all() and np.isnan(y[2]).all()
+
+
+@pytest.mark.parametrize("name", BLOCK)
+def test_tiling(name: str) -> None:
+    """Panels hold exactly the file's values, in at most 2 % more bytes."""
+    rng = np.random.default_rng(3)
+    for rows, k in ((1, 256), (31, 512), (32, 256), (65, 1024)):
+        data = random_blocks(name, rows, k, rng)
+        tiled = T.tile(name, data, rows, k)
+        assert len(tiled) <= 1.02 * len(data) * (-(-rows // 32) * 32) / rows
+        assert T.untile(name, tiled, rows, k) == data
+        expected = dequantize(name, data, rows, k)
+        np.testing.assert_array_equal(T.dequantize(name, data, rows, k), expected)
+        np.testing.assert_array_equal(T.dequantize("TILED:" + name, tiled, rows, k), expected)
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_0"])
+def test_encoding_weights(name: str) -> None:
+    x = np.random.default_rng(5).standard_normal((9, 320)).astype(np.float32)
+    back = T.dequantize(name, T.quantize(name, x), 9, 320)
+    kind = gguf.GGMLQuantizationType[name]
+    theirs = gguf.quants.dequantize(gguf.quants.quantize(x, kind), kind)
+    assert ((back - x) ** 2).sum() <= 1.0001 * ((theirs - x) ** 2).sum()  # no worse than the format's own encoder
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 15, 16, 17, 33, 640, 1153])
+def test_pointwise(n: int) -> None:
+    rng = np.random.default_rng(n)
+    x = (rng.standard_normal(n) * 4).astype(np.float32)
+    y = rng.standard_normal(n).astype(np.float32)
+    x64 = x.astype(np.float64)
+
+    norm = x64 / np.sqrt((x64**2).mean() + 1e-6) * y
+    assert (np.abs(T.rms_norm(x, y, 1e-6) - norm) <= (n / 8 + 8) * EPS * np.abs(norm) + 1e-30).all()
+
+    gelu = 0.5 * x64 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x64 + 0.044715 * x64**3))) * y
+    assert (np.abs(T.geglu(x, y) - gelu) <= 1e-6 * np.abs(gelu) + 1e-6 * np.abs(x64 * y) * (x64 < 0) + 1e-30).all()
+
+    for cap in (30.0, 1.0):
+        soft = cap * np.tanh(x64 / cap)
+        assert (np.abs(T.softcap(x, cap) - soft) <= 1e-6 * np.abs(soft) + 1e-30).all()
+
+    top, total = T.log_sum(x)
+    assert top == x.max()
+    assert abs(total - np.exp(x64 - top).sum()) <= (n + 8) * 4 * EPS * total
+
+
+def test_extreme_values() -> None:
+    x = np.array([-1e30, -100, -88, -20, -1e-30, 0, 1e-30, 20, 88, 100, 1e30, np.nan], np.float32)
+    with np.errstate(all="ignore"):
+        soft = 30 * np.tanh(x.astype(np.float64) / 30)
+    np.testing.assert_allclose(T.softcap(x, 30.0), soft, rtol=1e-6, atol=0)
+    gelu = T.geglu(x, np.ones_like(x))
+    assert np.isnan(gelu[-1]) and (np.abs(gelu[:3]) < 1e-6).all() and gelu[5] == 0
+    np.testing.assert_allclose(gelu[7:11], x[7:11], rtol=1e-6)
