@@ -98,7 +98,9 @@ def random_blocks(kind: str, rng: np.random.Generator) -> np.ndarray[Any, Any]:
     if kind == "Q4_0":
         n = POOL // 18
         return np.hstack([halves(STD / 4.6, n), noise(n, 16)])
-    if kind == "Q4_K":  # d, dmin, 12 bytes of 6-bit scales and minimums (all 21: 0b010101 in every field), 128 of nibbles
+    if (
+        kind == "Q4_K"
+    ):  # d, dmin, 12 bytes of 6-bit scales and minimums (all 21: 0b010101 in every field), 128 of nibbles
         n = POOL // 144
         scales = np.full((n, 12), 0x55, np.uint8)
         d = STD / (4.6 * 21)
@@ -114,7 +116,7 @@ class Repeated:
 
     def __init__(self, pool: np.ndarray[Any, Any], nbytes: int, start: int) -> None:
         self.nbytes = nbytes
-        self._pool = memoryview(pool.reshape(-1))
+        self._pool = pool.reshape(-1).data
         self._start = start * pool.shape[1] % self._pool.nbytes
 
     def tofile(self, file: BinaryIO) -> None:

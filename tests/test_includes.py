@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh"}]
 CUDA_HEADER = re.compile(r"cuda|cublas|cutlass|nvrtc|mma\.h|<cooperative_groups", re.I)
-# A module may import the modules named beside it, errors and config at any time, and (only the last two) the compiled one.
+# A module may import those named beside it; errors and config at any time.
 PYTHON = {
     "__main__": {"cli"},
     "cli": {"gemma", "measure", "sampling", "weights", "chat", "_native"},

@@ -1,6 +1,7 @@
 """Types of the compiled module (csrc/bindings.cpp): from token ids to logits. Words stay in Python."""
 
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any, Literal, TypeAlias, overload
 
 import numpy as np
@@ -79,7 +80,6 @@ class Model:
         all_logits: bool = False,
         *,
         top_k: None = None,
-        also: Tokens | None = None,
         cancel: CancelFlag | None = None,
     ) -> NDArray[np.float32]:
         """Appends tokens [n]. float32 [vocab] of the last position, or [n, vocab] with all_logits."""
@@ -91,7 +91,6 @@ class Model:
         all_logits: bool = False,
         *,
         top_k: int,
-        also: Tokens | None = None,
         cancel: CancelFlag | None = None,
     ) -> TopK:
         """Appends tokens [n]. (ids int32 [k], logits float32 [k]), best first, ties to the lower id."""
@@ -134,8 +133,4 @@ def measure_read_bandwidth(threads: int, mib: int = 1024) -> float:
 def measure_peak(threads: int) -> dict[str, float]:
     """Operations per second of the dot products that the kernels use: "int8", "bf16", "f32"."""
 
-def quantize_reference(name: str, values: NDArray[np.float32]) -> bytes:
-    """float32 [rows, k] to file blocks, row by row: the scalar specification."""
-
-def dequantize_reference(name: str, data: Buffer, rows: int, k: int) -> NDArray[np.float32]:
-    """File blocks to float32 [rows, k]: the scalar specification."""
+testing: ModuleType  # single kernels, for the test suite; not part of the public surface

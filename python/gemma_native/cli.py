@@ -323,6 +323,7 @@ def _chat(args: argparse.Namespace) -> None:
             print(f"{args.model} on {model.device} ({model.isa}, {model.threads} threads); /help lists the commands")
         results: list[Any] = []
         while True:
+            answering = False
             try:
                 try:
                     line = input("> " if interactive else "").strip()
@@ -343,11 +344,12 @@ def _chat(args: argparse.Namespace) -> None:
                     else:
                         print(f"(no command {line}; /help lists them)")
                     continue
+                answering = True
                 _answer(chat, line, settings, results)
             except KeyboardInterrupt:
-                print("\n(Ctrl-D or /exit leaves)" if interactive else "", flush=True)
                 if not interactive:
                     raise
+                print("\n(stopped)" if answering else "\n(Ctrl-D or /exit leaves)", flush=True)
         if interactive:
             print()
         if results:

@@ -1,0 +1,589 @@
+"""gemma_native beside its peers on one machine, in one run, between probes of the machine's own ceilings.
+
+Every engine runs in a process of its own, which is stopped (SIGSTOP) while another one is timed. Rounds interleave the
+engines cell by cell; the table gives medians with the slowest and fastest round, the ratio to each peer, and what share
+of the probed read bandwidth (decode) or instruction peak (prefill) was reached. Peers that are not installed are left
+out and named. Output text is not compared here.
+
+    python bench/compare.py --model demo
+    python bench/compare.py --shape 2b --type Q4_0 --prefill 512,32 --decode 32,4096 --json results.json
+    python bench/compare.py --model m.gguf --hf m-directory --peer-python ../peers/bin/python
+
+Cells: prefill N (a prompt of N tokens, the last position's choice); decode N (greedy steps of the bare engine after N
+tokens); generate N (the same through the engine's own Python loop, sampling included); first N (time to its first token,
+in milliseconds).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+NAMES = {"native": "gemma_native", "llama": "llama-cpp-python", "ct2": "ctranslate2", "hf": "transformers"}
+MODULES = {"llama": "llama_cpp", "ct2": "ctranslate2", "hf": "transformers"}
+
+
+def prompt(n: int, salt: int) -> list[int]:
+    """n token ids that every vocabulary has; another salt shares no prefix."""
+    return [2] + [(7919 * (i + 1) + 104729 * salt) % 900 + 100 for i in range(n - 1)]
+
+
+# Engines, one a process. An engine answers:
+#   prefill(n, salt) -> seconds    decode(context, tokens) -> seconds    generate(n, tokens, salt) -> seconds
+
+
+class Native:
+    def __init__(self, args: argparse.Namespace) -> None:
+        from gemma_native import Gemma
+
+        self.gemma = Gemma.load(args.source, device="cpu", weights=args.weights, kv=args.kv, threads=args.threads)
+        self.model = self.gemma.model
+        self.cache = self.model.new_cache(args.context)
+        self.caches: dict[int, Any] = {}
+
+    def about(self) -> dict[str, Any]:
+        import gemma_native
+
+        return {
+            "version": gemma_native.__version__,
+            "isa": self.model.isa,
+            "threads": self.model.threads,
+            "weight_bytes": self.model.nbytes,
+            "encodings": sorted(set(self.model.encodings().values())),
+        }
+
+    def work(self, prompts: list[int], contexts: list[int]) -> dict[str, Any]:
+        """Operations of a prefill and bytes of a decode step, the same for every engine on this model."""
+        from gemma_native.measure import kv_bytes, operations
+
+        config = self.model.config
+        return {
+            "operations": {str(n): operations(config, n) for n in prompts},
+            "bytes": {str(n): self.model.nbytes + kv_bytes(config, n, self.model.kv, rings=False) for n in contexts},
+        }
+
+    def prefill(self, n: int, salt: int) -> float:
+        self.cache.truncate(0)
+        ids = prompt(n, salt)
+        started = time.perf_counter()
+        self.model.forward(ids, self.cache, top_k=1)
+        return time.perf_counter() - started
+
+    def decode(self, context: int, tokens: int) -> float:
+        cache = self.caches.get(context)
+        if cache is None:
+            cache = self.caches[context] = self.model.new_cache(context + tokens)
+            self.model.forward(prompt(context, 0), cache, top_k=1)
+        token = 5
+        started = time.perf_counter()
+        for _ in range(tokens):
+            ids, _ = self.model.forward([token], cache, top_k=1)
+            token = int(ids[0])
+        seconds = time.perf_counter() - started
+        cache.truncate(context)
+        return seconds
+
+    def generate(self, n: int, tokens: int, salt: int) -> float:
+        started = time.perf_counter()
+        for _ in self.gemma.stream(prompt(n, salt), max_tokens=tokens, temperature=0, ignore_eos=True):
+            pass
+        return time.perf_counter() - started
+
+
+class Ceilings:
+    """The machine's own limits, in a process of its own so that no engine's peak memory counts the probe's."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.threads = args.threads
+
+    def about(self) -> dict[str, Any]:
+        return {}
+
+    def probe(self) -> dict[str, Any]:
+        from gemma_native import _native
+
+        return {
+            "read_bandwidth": _native.measure_read_bandwidth(self.threads),
+            "peak": _native.measure_peak(self.threads),
+        }
+
+
+class Llama:
+    def __init__(self, args: argparse.Namespace) -> None:
+        import llama_cpp
+        import numpy as np
+
+        self.np = np
+        self.api = llama_cpp
+        self.llm = llama_cpp.Llama(
+            model_path=args.source,
+            n_ctx=args.context,
+            n_batch=512,
+            n_ubatch=512,
+            n_threads=args.threads,
+            n_threads_batch=args.threads,
+            n_gpu_layers=0,
+            verbose=False,
+        )
+        self.depth = -1
+
+    def about(self) -> dict[str, Any]:
+        return {"version": self.api.__version__, "system": self.api.llama_print_system_info().decode(errors="replace")}
+
+    def _choice(self) -> int:
+        logits = self.api.llama_get_logits_ith(self.llm.ctx, -1)
+        return int(self.np.argmax(self.np.ctypeslib.as_array(logits, (self.llm.n_vocab(),))))
+
+    def prefill(self, n: int, salt: int) -> float:
+        self.depth = -1
+        self.llm.reset()
+        ids = prompt(n, salt)
+        started = time.perf_counter()
+        self.llm.eval(ids)
+        self._choice()
+        return time.perf_counter() - started
+
+    def decode(self, context: int, tokens: int) -> float:
+        if self.depth != context:
+            self.llm.reset()
+            self.llm.eval(prompt(context, 0))
+            self.depth = context
+        self.llm.n_tokens = context  # eval drops what lies behind
+        token = 5
+        started = time.perf_counter()
+        for _ in range(tokens):
+            self.llm.eval([token])
+            token = self._choice()
+        return time.perf_counter() - started
+
+    def generate(self, n: int, tokens: int, salt: int) -> float:
+        self.depth = -1
+        self.llm.reset()
+        started = time.perf_counter()
+        for i, _ in enumerate(self.llm.generate(prompt(n, salt), temp=0.0), 1):
+            if i == tokens:
+                break
+        return time.perf_counter() - started
+
+
+class Transformers:
+    def __init__(self, args: argparse.Namespace) -> None:
+        import torch
+        import transformers
+
+        self.torch = torch
+        self.version = f"{transformers.__version__}, torch {torch.__version__}"
+        torch.set_num_threads(args.threads)
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(args.source, torch_dtype=torch.bfloat16).eval()
+        self.filled: dict[int, Any] = {}
+
+    def about(self) -> dict[str, Any]:
+        return {"version": self.version}
+
+    def _step(self, ids: list[int], cache: Any) -> tuple[int, Any]:
+        with self.torch.inference_mode():
+            out = self.model(self.torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return int(out.logits[0, -1].argmax()), out.past_key_values
+
+    def prefill(self, n: int, salt: int) -> float:
+        ids = prompt(n, salt)
+        started = time.perf_counter()
+        self._step(ids, None)
+        return time.perf_counter() - started
+
+    def decode(self, context: int, tokens: int) -> float:
+        if context not in self.filled:
+            self.filled[context] = self._step(prompt(context, 0), None)[1]
+        cache, token = self.filled[context], 5
+        started = time.perf_counter()
+        for _ in range(tokens):
+            token, cache = self._step([token], cache)
+        seconds = time.perf_counter() - started
+        cache.crop(context)
+        return seconds
+
+    def generate(self, n: int, tokens: int, salt: int) -> float:
+        ids = self.torch.tensor([prompt(n, salt)])
+        started = time.perf_counter()
+        self.model.generate(ids, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens)
+        return time.perf_counter() - started
+
+
+class CTranslate2:
+    def __init__(self, args: argparse.Namespace) -> None:
+        import ctranslate2
+
+        self.version = ctranslate2.__version__
+        source = Path(args.source)
+        if not (source / "model.bin").exists():  # converted once, beside the original (needs transformers and torch)
+            target = source.with_name(source.name + "-ct2-int8")
+            if not target.exists():
+                ctranslate2.converters.TransformersConverter(str(source)).convert(str(target), quantization="int8")
+            source = target
+        self.generator = ctranslate2.Generator(str(source), device="cpu", intra_threads=args.threads)
+        vocabulary = json.loads((source / "vocabulary.json").read_text())
+        self.pieces = vocabulary
+
+    def about(self) -> dict[str, Any]:
+        return {"version": self.version}
+
+    def generate(self, n: int, tokens: int, salt: int) -> float:
+        pieces = [self.pieces[i] for i in prompt(n, salt)]
+        started = time.perf_counter()
+        self.generator.generate_batch(
+            [pieces], min_length=tokens, max_length=tokens, sampling_topk=1, include_prompt_in_result=False
+        )
+        return time.perf_counter() - started
+
+    def prefill(self, n: int, salt: int) -> float:
+        return self.generate(n, 1, salt)
+
+    def decode(self, context: int, tokens: int) -> float:
+        return self.generate(context, tokens + 1, 0) - self.generate(context, 1, 0)
+
+
+ENGINES = {"ceilings": Ceilings, "native": Native, "llama": Llama, "hf": Transformers, "ct2": CTranslate2}
+
+
+def worker(args: argparse.Namespace) -> None:
+    """Answers one JSON request a line; what libraries print goes to stderr."""
+    import resource
+
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def answer(value: Any) -> None:
+        answers.write(json.dumps(value) + "\n")
+
+    try:
+        started = time.perf_counter()
+        engine: Any = ENGINES[args.worker](args)
+        answer({"load_s": time.perf_counter() - started, **engine.about()})
+    except Exception as error:
+        answer({"error": f"{type(error).__name__}: {error}"})
+        return
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            if request["call"] == "peak_memory":
+                answer(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+            else:
+                answer(getattr(engine, request["call"])(*request["args"]))
+        except Exception as error:
+            answer({"error": f"{type(error).__name__}: {error}"})
+
+
+class Engine:
+    """The parent's side of a worker."""
+
+    def __init__(self, kind: str, python: str, source: str, args: argparse.Namespace, context: int) -> None:
+        self.kind = kind
+        command = [python, str(HERE / "compare.py"), "--worker", kind, "--source", source]
+        command += [
+            "--threads",
+            str(args.threads),
+            "--context",
+            str(context),
+            "--weights",
+            args.weights,
+            "--kv",
+            args.kv,
+        ]
+        environment = dict(os.environ)
+        if kind in ("native", "ceilings") and args.isa:
+            environment["GEMMA_NATIVE_ISA"] = args.isa
+        log = None if args.verbose else subprocess.DEVNULL
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+        )
+        self.about = self._read()
+        self.rest()
+
+    def _read(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{NAMES.get(self.kind, self.kind)} ended with code {self.process.wait()} (--verbose shows its output)")
+        value = json.loads(line)
+        if isinstance(value, dict) and "error" in value:
+            raise RuntimeError(f"{NAMES.get(self.kind, self.kind)}: {value['error']}")
+        return value
+
+    def rest(self) -> None:
+        """Stopped, so that threads that spin while idle do not slow the others."""
+        if self.process.poll() is None:
+            os.kill(self.process.pid, signal.SIGSTOP)
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        assert self.process.stdin is not None
+        os.kill(self.process.pid, signal.SIGCONT)
+        try:
+            self.process.stdin.write(json.dumps({"call": name, "args": arguments}) + "\n")
+            self.process.stdin.flush()
+            return self._read()
+        finally:
+            self.rest()
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            os.kill(self.process.pid, signal.SIGCONT)
+            assert self.process.stdin is not None
+            self.process.stdin.close()
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+
+def cells(args: argparse.Namespace) -> list[tuple[str, int]]:
+    found = [("prefill", n) for n in args.prefill] + [("decode", n) for n in args.decode]
+    return found + [("first", n) for n in args.generate] + [("generate", n) for n in args.generate]
+
+
+def measure(engine: Engine, what: str, n: int, args: argparse.Namespace, salt: int) -> float:
+    """Tokens/s of a cell; for `first` seconds."""
+    if what == "prefill":
+        return n / float(engine.call("prefill", n, salt))
+    if what == "decode":
+        return args.tokens / float(engine.call("decode", n, args.tokens))
+    first = float(engine.call("generate", n, 1, salt))
+    if what == "first":
+        return first
+    return args.tokens / (float(engine.call("generate", n, args.tokens + 1, salt + 500)) - first)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    context = max([n for n in args.prefill] + [n + args.tokens for n in args.decode + args.generate]) + 8
+    sources = sources_of(args)
+    engines: list[Engine] = []
+    ceilings: Engine | None = None
+    missing: list[str] = []
+    values: dict[tuple[str, int, str], list[float]] = {}
+    probes: list[dict[str, Any]] = []
+    try:
+        for kind in args.engines:
+            python = sys.executable if kind == "native" else args.peer_python
+            if sources.get(kind) is None:
+                missing.append(f"{NAMES[kind]} (no {'directory: --hf' if kind in ('hf', 'ct2') else 'file: --model'})")
+                continue
+            if (
+                kind in MODULES
+                and subprocess.run([python, "-c", f"import {MODULES[kind]}"], capture_output=True).returncode
+            ):
+                missing.append(f"{NAMES[kind]} (not installed in {python})")
+                continue
+            note(f"loading {NAMES[kind]}")
+            try:
+                engines.append(Engine(kind, python, sources[kind], args, context))
+            except RuntimeError as error:
+                if kind == "native":
+                    raise
+                missing.append(str(error))
+        native, ceilings = engines[0], Engine("ceilings", sys.executable, "", args, context)
+        work = native.call("work", args.prefill, args.decode)
+        for engine in engines:  # one untimed turn
+            measure(engine, "prefill", 32, args, 999)
+        for index in range(args.rounds):
+            for what, n in cells(args):
+                probes.append(ceilings.call("probe"))
+                # The order turns with the rounds, so that no engine always runs on a machine the others have heated.
+                turn = index % len(engines)
+                for engine in engines[turn:] + engines[:turn]:
+                    note(f"round {index + 1} of {args.rounds}: {what} {n}, {NAMES[engine.kind]}")
+                    try:
+                        rate = measure(engine, what, n, args, index * 7 + 1)
+                    except RuntimeError as error:
+                        if engine.kind == "native" or engine.process.poll() is not None:
+                            raise
+                        missing.append(f"{what} {n}: {error}")
+                        continue
+                    values.setdefault((what, n, engine.kind), []).append(rate)
+        note("")
+        about = {e.kind: {**e.about, "peak_memory": e.call("peak_memory")} for e in engines}
+    finally:
+        note("")
+        for engine in [*engines, *([ceilings] if ceilings else [])]:
+            engine.close()
+
+    bandwidth = statistics.median(p["read_bandwidth"] for p in probes)
+    peaks = {name: statistics.median(p["peak"][name] for p in probes) for name in probes[0]["peak"]}
+    rows = []
+    for what, n in cells(args):
+        row: dict[str, Any] = {"cell": what, "tokens": n, "engines": {}}
+        for engine in engines:
+            got = sorted(values.get((what, n, engine.kind), []))
+            if not got:
+                continue
+            entry = {"median": statistics.median(got), "slowest": got[0], "fastest": got[-1]}
+            if what == "prefill":
+                entry["ops_per_s"] = entry["median"] / n * work["operations"][str(n)]
+                entry |= {f"of_{name}_peak": entry["ops_per_s"] / peak for name, peak in peaks.items() if peak}
+            elif what == "decode":
+                entry["bytes_per_s"] = entry["median"] * work["bytes"][str(n)]
+                entry["of_bandwidth"] = entry["bytes_per_s"] / bandwidth
+            row["engines"][engine.kind] = entry
+        ours = row["engines"].get("native")
+        for kind, entry in row["engines"].items():
+            if kind != "native" and ours:
+                ratio = ours["median"] / entry["median"]
+                entry["native_is"] = 1 / ratio if what == "first" else ratio  # times as fast
+        rows.append(row)
+    return {
+        "source": sources["native"],
+        "threads": args.threads,
+        "rounds": args.rounds,
+        "tokens": args.tokens,
+        "machine": machine(),
+        "read_bandwidth": {
+            "median": bandwidth,
+            "slowest": min(p["read_bandwidth"] for p in probes),
+            "fastest": max(p["read_bandwidth"] for p in probes),
+        },
+        "peak": peaks,
+        "engines": about,
+        "left_out": missing,
+        "rows": rows,
+    }
+
+
+def sources_of(args: argparse.Namespace) -> dict[str, str]:
+    """Engine -> what it loads."""
+    sources: dict[str, str] = {}
+    if args.shape:
+        sys.path.insert(0, str(HERE))
+        from checkpoints import make
+
+        path = args.dir / (f"{args.shape}-{args.type}" + ("" if args.type == "hf" else ".gguf"))
+        make(path, args.shape, args.type)
+        sources["native"] = str(path)
+        if args.type == "hf":
+            args.hf = args.hf or path
+        else:
+            sources["llama"] = str(path)
+    elif args.model:
+        from gemma_native.weights import open_checkpoint
+
+        checkpoint = open_checkpoint(args.model)
+        sources["native"] = args.model
+        if str(checkpoint.source).endswith(".gguf"):
+            sources["llama"] = str(checkpoint.source)
+        checkpoint.close()
+    else:
+        sources["native"] = str(args.hf)
+    if args.gguf:
+        sources["llama"] = str(args.gguf)
+    if args.hf:
+        sources["hf"] = sources["ct2"] = str(args.hf)
+    return sources
+
+
+def machine() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        name = next(line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} CPUs"
+
+
+def note(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def table(facts: dict[str, Any]) -> str:
+    bandwidth = facts["read_bandwidth"]
+    lines = [
+        f"{facts['source']}, {facts['threads']} threads, {facts['rounds']} rounds; {facts['machine']}",
+        f"ceilings: {bandwidth['median'] / 1e9:.1f} GB/s read ({bandwidth['slowest'] / 1e9:.1f} to "
+        f"{bandwidth['fastest'] / 1e9:.1f}); peak Gop/s "
+        + ", ".join(f"{name} {value / 1e9:,.0f}" for name, value in facts["peak"].items()),
+    ]
+    for kind, about in facts["engines"].items():
+        detail = f"load {about['load_s']:.2f} s, peak memory {about['peak_memory'] / 1e6:,.0f} MB"
+        lines.append(f"{NAMES[kind]} {about['version']}: {detail}")
+    lines += [f"left out: {text}" for text in facts["left_out"]]
+    lines += [
+        "",
+        "| cell | engine | tokens/s | slowest - fastest | of the ceiling | gemma_native is |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in facts["rows"]:
+        unit, scale = (" ms", 1000) if row["cell"] == "first" else ("", 1)
+        for kind, e in row["engines"].items():
+            share = ""
+            if "of_bandwidth" in e:
+                share = f"{100 * e['of_bandwidth']:.0f} % of bandwidth ({e['bytes_per_s'] / 1e9:.1f} GB/s)"
+            elif "ops_per_s" in e:
+                share = ", ".join(
+                    f"{100 * e[f'of_{name}_peak']:.0f} % {name}" for name in facts["peak"] if f"of_{name}_peak" in e
+                )
+            ratio = f"{e['native_is']:.2f}x" if "native_is" in e else ""
+            spread = f"{e['slowest'] * scale:.1f} - {e['fastest'] * scale:.1f}"
+            cell = f"{row['cell']} {row['tokens']}"
+            lines.append(f"| {cell} | {NAMES[kind]} | {e['median'] * scale:.1f}{unit} | {spread} | {share} | {ratio} |")
+    return "\n".join(lines)
+
+
+def integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help='what gemma_native loads: a .gguf file, a directory, "demo"')
+    parser.add_argument("--shape", choices=["tiny", "2b", "7b"], help="or a random checkpoint of this shape")
+    parser.add_argument("--type", choices=["BF16", "Q8_0", "Q4_0", "Q4_K_M", "hf"], default="Q4_0", help="its encoding")
+    parser.add_argument("--dir", type=Path, default=HERE / "checkpoints", help="where random checkpoints are kept")
+    parser.add_argument("--gguf", type=Path, help="what llama-cpp-python loads, if not the same file")
+    parser.add_argument("--hf", type=Path, help="the same model as a directory, for transformers and ctranslate2")
+    parser.add_argument("--engines", default="native,llama,ct2,hf", help="default: all that are installed")
+    parser.add_argument("--peer-python", default=sys.executable, help="the interpreter that has the peers")
+    parser.add_argument("--threads", type=int, default=0, help="default: gemma_native's own choice")
+    parser.add_argument("--weights", default="auto", help="gemma_native's: auto, bf16, int8, int4")
+    parser.add_argument("--kv", default="bf16", help="gemma_native's: bf16, f32")
+    parser.add_argument("--isa", help="force gemma_native's instruction set")
+    parser.add_argument("--prefill", type=integers, default=[512, 32], help="default: 512,32")
+    parser.add_argument("--decode", type=integers, default=[32], help="contexts; default: 32")
+    parser.add_argument("--generate", type=integers, default=[32], help="prompt sizes; default: 32; '' for none")
+    parser.add_argument("--tokens", type=int, default=32, help="decoded in a cell (default: 32)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="keep everything here")
+    parser.add_argument("--verbose", action="store_true", help="show what the engines print")
+    parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)
+    parser.add_argument("--source", help=argparse.SUPPRESS)
+    parser.add_argument("--context", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        worker(args)
+        return
+    args.engines = [name for name in args.engines.split(",") if name in NAMES]
+    if not args.engines or args.engines[0] != "native":
+        args.engines = ["native"] + [name for name in args.engines if name != "native"]  # it probes the ceilings
+    if not (args.model or args.shape or args.hf):
+        parser.error("one of --model, --shape and --hf is needed")
+    if not 1 <= args.tokens <= 512:
+        parser.error("--tokens must be between 1 and 512, so that caches can be rewound")
+    if not args.threads:
+        from gemma_native import _native
+
+        args.threads = _native.default_threads()
+    facts = run(args)
+    print(table(facts))
+    if args.json:
+        args.json.write_text(json.dumps(facts, indent=2))
+
+
+if __name__ == "__main__":
+    main()

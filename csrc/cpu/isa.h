@@ -1,0 +1,16 @@
+// Which instruction-set level the kernels run at.
+#pragma once
+
+namespace gemma {
+
+enum class Isa { scalar, avx2, avx512 };
+
+const char* isa_name(Isa isa);
+bool isa_supported(Isa isa);
+bool has_avx_vnni();  // vpdpbusd on 256 bits, used inside the avx2 level
+
+// The best supported level, or the one that GEMMA_NATIVE_ISA names; read once. Throws InputError for an unknown or
+// unsupported name.
+Isa chosen_isa();
+
+}  // namespace gemma

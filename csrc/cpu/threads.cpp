@@ -1,0 +1,237 @@
+#include "threads.h"
+
+#include <algorithm>
+#include <chrono>
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <fstream>
+#include <mutex>
+#include <set>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#endif
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
+namespace gemma {
+
+namespace {
+
+void pause() {
+#if defined(__x86_64__) || defined(_M_X64)
+  _mm_pause();
+#elif defined(__aarch64__)
+  __asm__ __volatile__("yield");
+#endif
+}
+
+// Counts forks: in a child the pool's threads do not exist.
+std::atomic<int> g_forks{0};
+
+int forks() {
+#if defined(__linux__) || defined(__APPLE__)
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { g_forks.fetch_add(1); });
+  (void)registered;
+#endif
+  return g_forks.load(std::memory_order_relaxed);
+}
+
+constexpr uint64_t kOpen = uint64_t{1} << 32;  // the loop still takes workers
+constexpr uint64_t kLoop = uint64_t{1} << 33;  // one step of the loop number, above it
+constexpr uint64_t kActive = kOpen - 1;        // workers inside the loop
+
+}  // namespace
+
+struct ThreadPool::Shared {
+  // Loop number, open flag and number of active workers in one word, so that joining and closing cannot cross.
+  alignas(64) std::atomic<uint64_t> state{0};
+  alignas(64) std::atomic<int64_t> next{0};
+  int64_t count = 0, grain = 1;
+  Call call = nullptr;
+  void* context = nullptr;
+
+  alignas(64) std::atomic<int> sleepers{0};
+  std::mutex mutex;
+  std::condition_variable wake;
+  bool stop = false;
+  std::exception_ptr error;
+
+  std::vector<std::thread> workers;
+  int forks_seen = 0;
+  std::chrono::microseconds spin{30};
+
+  void pieces(int thread) {
+    for (;;) {
+      const int64_t begin = next.fetch_add(grain, std::memory_order_relaxed);
+      if (begin >= count) return;
+      try {
+        call(context, begin, std::min(count, begin + grain), thread);
+      } catch (...) {
+        std::lock_guard<std::mutex> lock(mutex);
+        if (!error) error = std::current_exception();
+        next.store(count, std::memory_order_relaxed);
+      }
+    }
+  }
+
+  // True when a loop after number `seen` was joined; `seen` becomes its number.
+  bool join(uint64_t& seen) {
+    uint64_t s = state.load(std::memory_order_acquire);
+    while ((s & kOpen) && s / kLoop != seen) {
+      if (state.compare_exchange_weak(s, s + 1, std::memory_order_acq_rel)) {
+        seen = s / kLoop;
+        return true;
+      }
+    }
+    return false;
+  }
+
+  void worker(int thread) {
+    uint64_t seen = 0;
+    for (;;) {
+      bool joined = join(seen);
+      if (!joined) {
+        const auto until = std::chrono::steady_clock::now() + spin;
+        do {
+          for (int i = 0; i < 32 && !(joined = join(seen)); ++i) pause();
+        } while (!joined && std::chrono::steady_clock::now() < until);
+      }
+      if (!joined) {
+        std::unique_lock<std::mutex> lock(mutex);
+        sleepers.fetch_add(1);
+        while (!stop && !(joined = join(seen))) wake.wait(lock);
+        sleepers.fetch_sub(1);
+        if (!joined) return;
+      }
+      pieces(thread);
+      state.fetch_sub(1, std::memory_order_release);
+    }
+  }
+};
+
+ThreadPool::ThreadPool(int threads) : size_(std::max(1, threads)) { start(); }
+
+void ThreadPool::start() {
+  shared_ = new Shared;
+  shared_->forks_seen = forks();
+  // More threads than cores would spin in each other's way.
+  if (size_ > default_threads()) shared_->spin = std::chrono::microseconds(0);
+  try {
+    for (int t = 1; t < size_; ++t) shared_->workers.emplace_back(&Shared::worker, shared_, t);
+  } catch (const std::system_error&) {
+    // The system gives no more threads: what there is does the work, in the same order of sums.
+  }
+}
+
+ThreadPool::~ThreadPool() {
+  if (forks() != shared_->forks_seen) return;  // a child's copy: its threads and locks are not to be touched
+  {
+    std::lock_guard<std::mutex> lock(shared_->mutex);
+    shared_->stop = true;
+  }
+  shared_->wake.notify_all();
+  for (std::thread& t : shared_->workers) t.join();
+  delete shared_;
+}
+
+void ThreadPool::run(int64_t count, int64_t grain, Call call, void* context) {
+  if (forks() != shared_->forks_seen) start();  // in a forked child: the old state is left behind, it may be locked for ever
+  Shared& s = *shared_;
+  s.count = count;
+  s.grain = std::max<int64_t>(1, grain);
+  s.call = call;
+  s.context = context;
+  s.error = nullptr;
+  s.next.store(0, std::memory_order_relaxed);
+  const uint64_t loop = s.state.load(std::memory_order_relaxed) / kLoop + 1;
+  s.state.store(loop * kLoop | kOpen);
+  if (s.sleepers.load() > 0) {
+    std::lock_guard<std::mutex> lock(s.mutex);
+    s.wake.notify_all();
+  }
+  s.pieces(0);
+  s.state.fetch_and(~kOpen, std::memory_order_acq_rel);
+  for (int i = 0; (s.state.load(std::memory_order_acquire) & kActive) != 0; ++i) {
+    if (i < 4000)
+      pause();
+    else
+      std::this_thread::yield();  // a worker has lost its core: let others run
+  }
+  if (s.error) std::rethrow_exception(std::exchange(s.error, nullptr));
+}
+
+// ---- how many ----------------------------------------------------------------------------------------------------------
+
+#if defined(__linux__)
+namespace {
+
+// CPU quota of this process's cgroup (v2, then v1), in cores; 0: none
+double quota() {
+  double best = 0;
+  auto take = [&](double q, double period) {
+    if (q > 0 && period > 0) best = best > 0 ? std::min(best, q / period) : q / period;
+  };
+  std::string path;
+  std::ifstream self("/proc/self/cgroup");
+  for (std::string line; std::getline(self, line);)
+    if (line.rfind("0::", 0) == 0) path = line.substr(3);
+  // A parent's quota binds as well.
+  for (;;) {
+    std::ifstream f("/sys/fs/cgroup" + path + "/cpu.max");
+    std::string q;
+    double period = 0;
+    if (f >> q >> period && q != "max") take(std::atof(q.c_str()), period);
+    if (path.empty() || path == "/") break;
+    path.resize(path.find_last_of('/') == std::string::npos ? 0 : path.find_last_of('/'));
+  }
+  std::ifstream q1("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), p1("/sys/fs/cgroup/cpu/cpu.cfs_period_us");
+  double q = 0, period = 0;
+  if (q1 >> q && p1 >> period) take(q, period);
+  return best;
+}
+
+// Physical cores among the CPUs that this process may use.
+int allowed_cores() {
+  const long configured = std::max(1024L, static_cast<long>(std::thread::hardware_concurrency()));
+  std::vector<unsigned long> mask(static_cast<size_t>(configured) / (8 * sizeof(unsigned long)) + 1);
+  auto* set = reinterpret_cast<cpu_set_t*>(mask.data());
+  const size_t bytes = mask.size() * sizeof(unsigned long);
+  if (sched_getaffinity(0, bytes, set) != 0) return static_cast<int>(std::thread::hardware_concurrency());
+  std::set<std::string> cores;
+  for (int cpu = 0; cpu < static_cast<int>(bytes * 8); ++cpu) {
+    if (!CPU_ISSET_S(cpu, bytes, set)) continue;
+    std::ifstream siblings("/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list");
+    std::string core;
+    if (!(siblings >> core)) core = "cpu" + std::to_string(cpu);
+    cores.insert(core);
+  }
+  return static_cast<int>(cores.size());
+}
+
+}  // namespace
+#endif
+
+int default_threads() {
+  static const int n = [] {
+    int cores = static_cast<int>(std::thread::hardware_concurrency());
+#if defined(__linux__)
+    cores = allowed_cores();
+    const double q = quota();
+    if (q > 0) cores = std::min(cores, std::max(1, static_cast<int>(q + 0.999)));
+#endif
+    return std::max(1, cores);
+  }();
+  return n;
+}
+
+}  // namespace gemma

@@ -1,0 +1,24 @@
+"""A streaming chat in a terminal, in a few lines. Needs instruction-tuned weights, for example a Gemma 3 1B `-it` GGUF file.
+
+    python examples/chat.py gemma-3-1b-it-Q4_0.gguf
+"""
+
+from __future__ import annotations
+
+import sys
+
+from gemma_native import Gemma
+
+if len(sys.argv) != 2:
+    sys.exit(__doc__)
+with Gemma.load(sys.argv[1]) as gemma:
+    chat = gemma.chat(system="Answer in one short paragraph.")
+    while True:
+        try:
+            question = input("> ").strip()
+        except EOFError:
+            break
+        if question:
+            for piece in chat.stream(question, max_tokens=512):  # the conversation so far is not computed again
+                print(piece, end="", flush=True)
+            print()
