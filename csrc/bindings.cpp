@@ -428,13 +428,13 @@ PYBIND11_MODULE(_native, m) {
     GEMMA_CHECK(threads >= 1 && threads <= 1024 && mib >= 1 && mib <= 65536, "threads or mib out of range");
     py::gil_scoped_release release;
     ThreadPool pool(threads);
-    return read_bandwidth(pool, static_cast<size_t>(mib) << 20, kernels().name);
+    return read_bandwidth(kernels(), pool, static_cast<size_t>(mib) << 20);
   }, py::arg("threads"), py::arg("mib") = 1024, "Bytes/s of a plain sequential read by `threads` threads.");
   m.def("measure_peak", [](int threads) {
     GEMMA_CHECK(threads >= 1 && threads <= 1024, "threads out of range");
     py::gil_scoped_release release;
     ThreadPool pool(threads);
-    return peaks(pool, kernels().name);
+    return peaks(kernels(), pool);
   }, py::arg("threads"), "Operations/s of the dot-product instructions in use: {\"int8\", \"bf16\", \"f32\"}.");
 
   py::class_<CancelFlag, std::shared_ptr<CancelFlag>>(m, "CancelFlag", "Stops the native calls that it is given to, from any thread.")

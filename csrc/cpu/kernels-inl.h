@@ -585,6 +585,47 @@ void divide(const float* acc, float sum, int64_t n, float* out) {
   for (int64_t i = 0; i < n; i += W) V::store_n(out + i, V::div(V::load_n(acc + i, n - i), V::set(sum)), n - i);
 }
 
+// ---- ceilings ----------------------------------------------------------------------------------------------------------
+
+uint32_t read(const uint8_t* p, int64_t n) {
+  constexpr int kStride = 4 * W;
+  I s[4] = {V::set_i(0), V::set_i(0), V::set_i(0), V::set_i(0)};
+  for (int64_t i = 0; i + 4 * kStride <= n; i += 4 * kStride)
+    for (int j = 0; j < 4; ++j) s[j] = V::add_i(s[j], V::load_i(p + i + j * kStride));
+  return static_cast<uint32_t>(V::sum_i(V::add_i(V::add_i(s[0], s[1]), V::add_i(s[2], s[3]))));
+}
+
+// Twelve chains hide any latency; the registers are made opaque to the compiler after every round, so that nothing is folded away.
+template <class Acc, class Step>
+inline double chains(int64_t rounds, Acc zero, Step step) {
+  Acc a0 = zero, a1 = zero, a2 = zero, a3 = zero, a4 = zero, a5 = zero;
+  Acc a6 = zero, a7 = zero, a8 = zero, a9 = zero, a10 = zero, a11 = zero;
+  for (int64_t i = 0; i < rounds; ++i) {
+    step(a0), step(a1), step(a2), step(a3), step(a4), step(a5);
+    step(a6), step(a7), step(a8), step(a9), step(a10), step(a11);
+    V::opaque(a0, a1, a2, a3), V::opaque(a4, a5, a6, a7), V::opaque(a8, a9, a10, a11);
+  }
+  return 12.0 * static_cast<double>(rounds);
+}
+
+double peak_int8(int64_t rounds) {
+  const B w = V::load_b(reinterpret_cast<const uint8_t*>("0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"));
+  return chains(rounds, V::set_i(0), [&](I& a) { a = V::dot_step(a, w); }) * 8 * W;
+}
+
+double peak_bf16(int64_t rounds) {
+  alignas(64) float x[32] = {};
+  alignas(64) uint16_t bits[32] = {};
+  const V::Wide w = V::load_w(bits);
+  const V::Packed p = V::load_packed(x);
+  return chains(rounds, V::peak_zero(), [&](V::PeakSum& a) { V::peak_step(a, w, p); }) * V::kPeakOps;
+}
+
+double peak_f32(int64_t rounds) {
+  const F x = V::set(0.5f);
+  return chains(rounds, V::zero(), [&](F& a) { a = V::fma(x, x, a); }) * 2 * W;
+}
+
 constexpr Kernels make_table(const char* name) {
   Kernels k{};
   k.name = name;
@@ -602,6 +643,10 @@ constexpr Kernels make_table(const char* name) {
   k.attend = attend;
   k.fold = fold;
   k.divide = divide;
+  k.read = read;
+  k.peak_int8 = peak_int8;
+  k.peak_bf16 = peak_bf16;
+  k.peak_f32 = peak_f32;
   return k;
 }
 

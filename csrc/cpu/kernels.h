@@ -62,6 +62,13 @@ struct Kernels {
   void (*fold)(float* max, float* sum, float* acc, float block_max, float block_sum, const float* block, int64_t e);
   // out[i] = acc[i] / sum
   void (*divide)(const float* acc, float sum, int64_t n, float* out);
+
+  // For probes.h: reads n bytes (a multiple of 256) and returns some sum of them; runs nothing but independent dot-product or
+  // multiply-add instructions and returns how many operations that were.
+  uint32_t (*read)(const uint8_t* p, int64_t n);
+  double (*peak_int8)(int64_t rounds);
+  double (*peak_bf16)(int64_t rounds);
+  double (*peak_f32)(int64_t rounds);
 };
 
 constexpr int kBf16Rows = 32;

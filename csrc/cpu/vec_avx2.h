@@ -164,6 +164,29 @@ struct V {
     a = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
     b = _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
   }
+
+  // For the probes: one instruction of each kind (bf16 weights go through fma at this level).
+  template <class T>
+  static void opaque(T& a, T& b, T& c, T& d) {
+#if defined(__GNUC__)
+    __asm__ volatile("" : "+x"(a), "+x"(b), "+x"(c), "+x"(d));
+#else
+    (void)a, (void)b, (void)c, (void)d;
+#endif
+  }
+#if defined(GEMMA_AVX_VNNI)
+  static I dot_step(I a, B w) { return _mm256_dpbusd_avx_epi32(a, w, w); }
+#else
+  static I dot_step(I a, B w) {
+    return _mm256_add_epi32(a, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_xor_si256(a, w), w), _mm256_set1_epi16(1)));
+  }
+#endif
+  using PeakSum = __m256;
+  using Packed = __m256;
+  static constexpr int kPeakOps = 16;
+  static PeakSum peak_zero() { return _mm256_setzero_ps(); }
+  static Packed load_packed(const void* p) { return _mm256_loadu_ps(static_cast<const float*>(p)); }
+  static void peak_step(PeakSum& a, Wide w, Packed x) { a = _mm256_fmadd_ps(_mm256_castsi256_ps(w), x, a); }
 };
 
 }  // namespace GEMMA_ISA

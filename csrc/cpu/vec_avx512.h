@@ -143,6 +143,23 @@ struct V {
     a = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
     b = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
   }
+
+  // For the probes: one instruction of each kind.
+  template <class T>
+  static void opaque(T& a, T& b, T& c, T& d) {
+#if defined(__GNUC__)
+    __asm__ volatile("" : "+v"(a), "+v"(b), "+v"(c), "+v"(d));
+#else
+    (void)a, (void)b, (void)c, (void)d;
+#endif
+  }
+  static I dot_step(I a, B w) { return _mm512_dpbusd_epi32(a, w, w); }
+  using PeakSum = __m512;
+  using Packed = __m512i;
+  static constexpr int kPeakOps = 64;
+  static PeakSum peak_zero() { return _mm512_setzero_ps(); }
+  static Packed load_packed(const void* p) { return _mm512_loadu_si512(p); }
+  static void peak_step(PeakSum& a, Wide w, Packed x) { a = _mm512_dpbf16_ps(a, (__m512bh)w, (__m512bh)x); }
 };
 
 }  // namespace GEMMA_ISA

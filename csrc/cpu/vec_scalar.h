@@ -133,6 +133,25 @@ struct V {
   }
 #undef GEMMA_EACH
 #undef GEMMA_EACH_BYTE
+
+  // For the probes: one step of each kind.
+  template <class T>
+  static void opaque(T& a, T& b, T& c, T& d) {
+#if defined(__GNUC__)
+    __asm__ volatile("" : "+m"(a), "+m"(b), "+m"(c), "+m"(d));
+#else
+    (void)a, (void)b, (void)c, (void)d;
+#endif
+  }
+  static I dot_step(I a, const B& w) { return add_i(a, dot<8, 0, 1>(&w, reinterpret_cast<const int8_t*>(w.v), 0)); }
+  using PeakSum = Sum;
+  struct Packed {
+    float v[16];
+  };
+  static constexpr int kPeakOps = 32;
+  static PeakSum peak_zero() { return {}; }
+  static Packed load_packed(const void* p) { Packed r; std::memcpy(r.v, p, sizeof(r.v)); return r; }
+  static void peak_step(PeakSum& a, const Wide& w, const Packed& x) { dot_bf16(a, w, x.v); }
 };
 
 }  // namespace GEMMA_ISA
