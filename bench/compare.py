@@ -10,8 +10,8 @@ out and named. Output text is not compared here.
     python bench/compare.py --model m.gguf --hf m-directory --peer-python ../peers/bin/python
 
 Cells: prefill N (a prompt of N tokens, the last position's choice); decode N (greedy steps of the bare engine after N
-tokens); generate N (the same through the engine's own Python loop, sampling included); first N (time to its first token,
-in milliseconds).
+tokens); generate N (the same through the engine's own Python loop, sampling included); first N (time to its first
+token, in milliseconds).
 """
 
 from __future__ import annotations
@@ -288,6 +288,7 @@ class Engine:
 
     def __init__(self, kind: str, python: str, source: str, args: argparse.Namespace, context: int) -> None:
         self.kind = kind
+        self.name = NAMES.get(kind, kind)
         command = [python, str(HERE / "compare.py"), "--worker", kind, "--source", source]
         command += [
             "--threads",
@@ -313,10 +314,10 @@ class Engine:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{NAMES.get(self.kind, self.kind)} ended with code {self.process.wait()} (--verbose shows its output)")
+            raise RuntimeError(f"{self.name} ended with code {self.process.wait()} (--verbose shows its output)")
         value = json.loads(line)
         if isinstance(value, dict) and "error" in value:
-            raise RuntimeError(f"{NAMES.get(self.kind, self.kind)}: {value['error']}")
+            raise RuntimeError(f"{self.name}: {value['error']}")
         return value
 
     def rest(self) -> None:

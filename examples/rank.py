@@ -1,6 +1,6 @@
 """Ranks sentences by how likely the model finds them: log-probabilities without generating anything.
 
-    python examples/rank.py [MODEL]
+Usage: python examples/rank.py [MODEL]
 """
 
 from __future__ import annotations

@@ -438,7 +438,7 @@ def _quantize(args: argparse.Namespace) -> None:
     temporary = os.path.join(folder, f".{os.path.basename(target)}.{os.getpid()}.tmp")
     try:
         config = checkpoint.config
-        tokenizer = checkpoint.tokenizer().serialized if checkpoint.tokenizer is not None else None
+        tokenizer = checkpoint.tokenizer().proto if checkpoint.tokenizer is not None else None
         model = _native.Model(
             config, checkpoint.tensors, "cpu", args.threads, weights=args.weights, consumed=checkpoint.consumed
         )
