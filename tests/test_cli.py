@@ -338,11 +338,10 @@ def test_quantize(weights: str, model: Path, tmp_path: Path) -> None:
 
 
 def test_failed_quantize_leaves_everything(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def disk_full(path: str, *rest: object) -> None:
-        Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device", path)
+    def disk_full(source: str, target: str) -> None:
+        raise OSError(28, "No space left on device", target)
 
-    monkeypatch.setattr("gemma_native.weights.save_packed", disk_full)
+    monkeypatch.setattr("gemma_native.weights.os.replace", disk_full)
     target = tmp_path / "packed.safetensors"
     target.write_bytes(b"precious")
     assert cli.main(["quantize", str(model), str(target), "--force"]) == 2

@@ -415,8 +415,6 @@ def _bench(args: argparse.Namespace) -> None:
 
 
 def _quantize(args: argparse.Namespace) -> None:
-    import dataclasses
-
     from . import _native
     from .weights import open_checkpoint, save_packed
 
@@ -435,23 +433,19 @@ def _quantize(args: argparse.Namespace) -> None:
 
     started = time.perf_counter()
     checkpoint = open_checkpoint(args.source)
-    temporary = os.path.join(folder, f".{os.path.basename(target)}.{os.getpid()}.tmp")
     try:
-        config = checkpoint.config
         tokenizer = checkpoint.tokenizer().proto if checkpoint.tokenizer is not None else None
         model = _native.Model(
-            config, checkpoint.tensors, "cpu", args.threads, weights=args.weights, consumed=checkpoint.consumed
+            checkpoint.config,
+            checkpoint.tensors,
+            "cpu",
+            args.threads,
+            weights=args.weights,
+            consumed=checkpoint.consumed,
         )
-        # Norm vectors come back with the offset already added, so the packed file's config adds nothing.
-        config = dataclasses.replace(config, norm_offset=0.0)
-        try:
-            save_packed(temporary, config, model.packed(), tokenizer, checkpoint.chat_template)
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())  # what it replaces must not be gone before this is on the disk
-            os.replace(temporary, target)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+        checkpoint.loaded()
+        # Written under another name first: what stood at DST stays until the new file is whole.
+        save_packed(target, checkpoint.config, model.packed(), tokenizer, checkpoint.chat_template)
     finally:
         checkpoint.close()
     size = os.path.getsize(target)

@@ -14,24 +14,11 @@ from typing import Any
 
 from . import _native
 from .config import Config
-from .weights import open_checkpoint
+from .gguf import TYPES
+from .weights import EMBEDDING, open_checkpoint
 
-# Encoding -> (values, bytes) of a block.
-BLOCKS = {
-    "F32": (1, 4),
-    "F16": (1, 2),
-    "BF16": (1, 2),
-    "Q8_0": (32, 34),
-    "Q4_0": (32, 18),
-    "Q4_1": (32, 20),
-    "Q5_0": (32, 22),
-    "Q5_1": (32, 24),
-    "Q4_K": (256, 144),
-    "Q5_K": (256, 176),
-    "Q6_K": (256, 210),
-}
+BLOCKS = {name: (values, size) for name, values, size in TYPES.values()}  # encoding -> values and bytes of a block
 TARGETS = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
-EMBEDDING = "model.embed_tokens.weight"
 MAX_ROWS, KEY_BLOCK = 512, 64  # csrc/backend.h: rows a pass, keys a block; they give a sliding layer's ring
 
 
