@@ -16,7 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 if TYPE_CHECKING:
     from .gemma import Gemma
@@ -78,7 +78,14 @@ def _one_line(error: Exception) -> str:
     return text if known and text else f"{type(error).__name__}: {text} (--traceback shows where)"
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     if not issubclass(category, (DeprecationWarning, PendingDeprecationWarning)):
         print(f"{PROGRAM}: note: {' '.join(str(message).split())}", file=sys.stderr)
 

@@ -117,41 +117,55 @@ def _emit_pieces(pieces: Sequence[bytes], scores: bytes, types: Sequence[int]) -
     return out
 
 
+def _read_piece(message: bytes, index: int) -> tuple[bytes, bytes, int]:
+    found = dict(_fields(message))
+    piece, score, kind = found.get(1, b""), found.get(2, b"\0\0\0\0"), found.get(3, NORMAL)
+    if not isinstance(piece, bytes) or not isinstance(score, bytes) or not isinstance(kind, int) or len(score) != 4:
+        raise FormatError(f"SentencePiece model: piece {index} has fields of the wrong kind")
+    return piece, score, kind
+
+
 def _read_proto(data: bytes) -> tuple[list[bytes], bytes, list[int], bytes, bytes]:
     """(pieces, little-endian float32 scores, types, trainer_spec, normalizer_spec) of a serialised ModelProto."""
     pieces: list[bytes] = []
     scores: list[bytes] = []
     types: list[int] = []
     trainer = normalizer = b""
-    for field, message in _fields(data):
-        if field in (1, 2, 3) and not isinstance(message, bytes):
-            raise FormatError(f"SentencePiece model: field {field} is not a message")
-        assert isinstance(message, bytes) or field > 3
-        if field == 1 and isinstance(message, bytes):
-            size = len(message)
-            # As SentencePiece itself writes it: 0A length piece, 15 score, then 18 type unless NORMAL.
-            if size > 7 and message[0] == 10 and message[1] < 128:
-                at = message[1] + 2
-                if size == at + 5 and message[at] == 0x15:
-                    pieces.append(message[2:at])
-                    scores.append(message[at + 1 :])
-                    types.append(NORMAL)
-                    continue
-                if size == at + 7 and message[at] == 0x15 and message[at + 5] == 0x18:
-                    pieces.append(message[2:at])
-                    scores.append(message[at + 1 : at + 5])
-                    types.append(message[at + 6])
-                    continue
-            found = dict(_fields(message))
-            piece, score, kind = found.get(1, b""), found.get(2, b"\0\0\0\0"), found.get(3, NORMAL)
-            if not isinstance(piece, bytes) or not isinstance(score, bytes) or not isinstance(kind, int) or len(score) != 4:
-                raise FormatError(f"SentencePiece model: piece {len(pieces)} has fields of the wrong kind")
+    at, end = 0, len(data)
+    while at + 1 < end and data[at] == 10 and data[at + 1] < 128:  # a short piece; 256,000 of them, so by hand
+        begin = at + 2
+        at = begin + data[at + 1]
+        if at > end:
+            raise FormatError(f"SentencePiece model: piece {len(pieces)} runs past the end of the file")
+        # As SentencePiece itself writes it: 0A length piece, 15 score, then 18 type unless NORMAL.
+        size = at - begin
+        score = begin + 2 + data[begin + 1] if size > 7 and data[begin] == 10 else at
+        rest = at - score
+        if rest == 5 and data[score] == 0x15:
+            types.append(NORMAL)
+        elif rest == 7 and data[score] == 0x15 and data[score + 5] == 0x18:
+            types.append(data[score + 6])
+        else:
+            piece, packed, kind = _read_piece(data[begin:at], len(pieces))
             pieces.append(piece)
-            scores.append(score)
+            scores.append(packed)
             types.append(kind)
-        elif field == 2 and isinstance(message, bytes):
+            continue
+        pieces.append(data[begin + 2 : score])
+        scores.append(data[score + 1 : score + 5])
+    for field, message in _fields(data[at:]):
+        if field > 3:
+            continue
+        if not isinstance(message, bytes):
+            raise FormatError(f"SentencePiece model: field {field} is not a message")
+        if field == 1:
+            piece, packed, kind = _read_piece(message, len(pieces))
+            pieces.append(piece)
+            scores.append(packed)
+            types.append(kind)
+        elif field == 2:
             trainer += message
-        elif field == 3 and isinstance(message, bytes):
+        else:
             normalizer += message
     return pieces, b"".join(scores), types, trainer, normalizer
 

@@ -1,0 +1,103 @@
+"""Conversations: turns built from token ids, so that no text can forge a control token; only new tokens are prefilled.
+
+    <bos><start_of_turn>user\n{text}<end_of_turn>\n<start_of_turn>model\n{answer}<end_of_turn>\n...
+
+A system text stands, with a blank line after it, before the first user text: as Gemma 3's own template does it, and for
+Gemma 1 and 2 too, whose templates would refuse it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .gemma import Completion, Gemma, Stream, _Sequence
+from .sampling import SamplingParams, make_params
+
+if TYPE_CHECKING:
+    from ._native import Cache
+
+
+class Chat:
+    """One conversation. `send` answers whole, `stream` in pieces; `messages` is the history as (role, text)."""
+
+    def __init__(self, gemma: Gemma, system: str | None = None) -> None:
+        tokenizer = gemma.tokenizer
+        turn, end = tokenizer.id("<start_of_turn>"), tokenizer.id("<end_of_turn>")
+        if turn is None or end is None:
+            raise ValueError("this vocabulary has no <start_of_turn> and <end_of_turn>: its model cannot chat")
+        if system is not None and not isinstance(system, str):
+            raise TypeError(f"system must be text, not {type(system).__name__}")
+        self._gemma = gemma
+        self._turn, self._end = turn, end
+        self._system = system
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the conversation; the system text stays."""
+        self.messages: list[tuple[str, str]] = []
+        self._tokens: list[int] = []  # the conversation so far; the cache holds a beginning of it
+        self._cache: Cache | None = None
+        self._open: ChatStream | None = None
+
+    def send(self, text: str, params: SamplingParams | None = None, **settings: Any) -> Completion:
+        """Says `text` and returns the whole answer. Raises ValueError when the conversation no longer fits the context."""
+        stream = self.stream(text, params, **settings)
+        for _ in stream:
+            pass
+        assert stream.result is not None
+        return stream.result
+
+    def stream(self, text: str, params: SamplingParams | None = None, **settings: Any) -> ChatStream:
+        """Says `text` and gives the answer in pieces. An answer that is left early stays in the history as far as it went."""
+        if not isinstance(text, str):
+            raise TypeError(f"a message is text, not {type(text).__name__}")
+        chosen = make_params(params, settings)
+        if chosen.n != 1:
+            raise ValueError(f"a conversation has one answer; n is {chosen.n}")
+        if self._open is not None:
+            self._open.close()
+        gemma = self._gemma
+        said = text.strip()
+        if self._system and not self._tokens:
+            said = f"{self._system}\n\n{said}"
+        prompt = self._tokens or [gemma.config.bos_token_id]
+        prompt = gemma._ids([*prompt, *self._turn_tokens("user", said), self._turn, *self._encode("model\n")])
+        if self._cache is None:
+            self._cache = gemma.model.new_cache(gemma._context)
+        ends = gemma._ends(chosen) | {self._end}
+        sequence = _Sequence(prompt, chosen, 0, self._cache, gemma.tokenizer, ends)
+        self._open = ChatStream(self, text, sequence)
+        return self._open
+
+    def _encode(self, text: str) -> list[int]:
+        return self._gemma.tokenizer.encode(text, bos=False)
+
+    def _turn_tokens(self, role: str, text: str) -> list[int]:
+        return [self._turn, *self._encode(f"{role}\n{text}"), self._end, *self._encode("\n")]
+
+    def _close_turn(self, text: str, sequence: _Sequence) -> None:
+        """The answer is over: it becomes history, unless not even its prompt was read."""
+        cache, before = sequence.cache, len(self._tokens)
+        self._open = None
+        if cache.length < len(sequence.prompt):
+            try:
+                cache.truncate(min(before, cache.length))
+            except ValueError:  # sliding layers no longer hold that far back: read it again next time
+                self._cache = None
+            return
+        self._tokens = [*sequence.prompt, *sequence.tokens, self._end, *self._encode("\n")]
+        answer = sequence.text.text if sequence.text is not None else ""
+        self.messages += [("user", text), ("model", answer)]
+
+
+class ChatStream(Stream):
+    """The pieces of an answer; see `Stream`."""
+
+    def __init__(self, chat: Chat, text: str, sequence: _Sequence) -> None:
+        self._chat, self._said = chat, text
+        super().__init__(chat._gemma, sequence)
+
+    def _finish(self) -> None:
+        super()._finish()
+        if self._chat._open is self:
+            self._chat._close_turn(self._said, self._sequence)

@@ -1,0 +1,508 @@
+"""Gemma with words: load a checkpoint, generate, stream, chat, score.
+
+Generation is one loop for every caller: prompts are prefilled together, each step decodes one token for every sequence that
+still runs, and a sequence's tokens do not depend on its company.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _native
+from .config import Config
+from .sampling import Sampler, SamplingParams, TokenLogprob, make_params, token_logprob
+from .weights import Progress, open_checkpoint
+
+if TYPE_CHECKING:
+    from .chat import Chat
+    from .tokenizer import Tokenizer
+
+
+@dataclass
+class Completion:
+    """What a prompt was continued with. `str(completion)` is its text."""
+
+    tokens: list[int]  # without the token that ended it
+    finish_reason: str  # "stop" | "length" | "cancelled"
+    prompt_tokens: int
+    timings: dict[str, float]  # prefill_s, decode_s, first_token_s, prefill_tokens_per_s, decode_tokens_per_s
+    logprobs: list[TokenLogprob] | None = None  # one a token, where they were asked for
+    _text: str | None = None
+
+    @property
+    def text(self) -> str:
+        """Without the stop string, if one ended it. Raises ValueError for a checkpoint without a tokenizer."""
+        if self._text is None:
+            raise ValueError("this checkpoint has no tokenizer: there are .tokens, but no .text")
+        return self._text
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass
+class Score:
+    """Log-probabilities (natural logs) that the model gives a text's tokens, each after those before it."""
+
+    tokens: list[int]  # the first is not scored
+    logprobs: NDArray[np.float32]  # [len(tokens) - 1]
+    perplexity: float = field(init=False)  # exp of the mean negative log-probability
+
+    def __post_init__(self) -> None:
+        self.perplexity = math.exp(-float(self.logprobs.mean(dtype=np.float64)))
+
+
+class _Text:
+    """A sequence's text as its tokens come: whole characters only, held back while they may begin a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+        from .tokenizer import Detokenizer
+
+        self._out = Detokenizer(tokenizer)
+        self._stops = list(stops)
+        self._held = ""
+        self.text = ""  # all that was given out
+
+    def push(self, token: int) -> tuple[str, bool]:
+        """(new text, whether a stop string was met)."""
+        return self._give(self._out.push(token))
+
+    def finish(self) -> str:
+        """The rest, when generation ends for another reason."""
+        piece, stopped = self._give(self._out.flush())
+        if stopped:
+            return piece
+        self.text += self._held
+        piece, self._held = piece + self._held, ""
+        return piece
+
+    def _give(self, new: str) -> tuple[str, bool]:
+        self._held += new
+        found = [i for i in (self._held.find(s) for s in self._stops) if i >= 0]
+        if found:
+            keep, stopped = min(found), True
+        else:
+            # The longest tail that a stop string could still begin with.
+            tail = max((n for s in self._stops for n in range(1, len(s)) if self._held.endswith(s[:n])), default=0)
+            keep, stopped = len(self._held) - tail, False
+        piece, self._held = self._held[:keep], "" if stopped else self._held[keep:]
+        self.text += piece
+        return piece, stopped
+
+
+class _Sequence:
+    """One running continuation."""
+
+    def __init__(
+        self, prompt: list[int], params: SamplingParams, index: int, cache: _native.Cache, tokenizer: Tokenizer | None,
+        ends: frozenset[int],
+    ) -> None:
+        self.prompt = prompt
+        self.params = params
+        self.cache = cache
+        self.sampler = Sampler(params, prompt, index)
+        self.text = _Text(tokenizer, params.stop) if tokenizer is not None else None
+        self.ends = ends
+        self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
+        self.finish_reason = ""
+        self.started = time.perf_counter()
+        self.first_at = self.last_at = self.started
+
+    def take(self, ids: NDArray[np.int32] | None, logits: NDArray[np.float32]) -> str:
+        """Chooses the next token and returns the text that it completes."""
+        token = self.sampler.choose(logits) if ids is None else self.sampler.choose_from(ids, logits)
+        self.last_at = time.perf_counter()
+        if not self.tokens:
+            self.first_at = self.last_at
+        if token in self.ends:
+            return self.end("stop")
+        self.tokens.append(token)
+        if self.logprobs is not None:
+            self.logprobs.append(token_logprob(logits, token, self.params.logprobs or 0))
+        piece = ""
+        if self.text is not None:
+            piece, stopped = self.text.push(token)
+            if stopped:
+                self.finish_reason = "stop"
+                return piece
+        if len(self.tokens) >= self.params.max_tokens or self.cache.length >= self.cache.capacity:
+            piece += self.end("length")
+        return piece
+
+    def end(self, reason: str) -> str:
+        self.finish_reason = reason
+        return self.text.finish() if self.text is not None else ""
+
+    def result(self) -> Completion:
+        prefill, decode = self.first_at - self.started, self.last_at - self.first_at
+        timings = {
+            "prefill_s": prefill,
+            "decode_s": decode,
+            "first_token_s": prefill,
+            "prefill_tokens_per_s": len(self.prompt) / prefill if prefill > 0 else 0.0,
+            "decode_tokens_per_s": (len(self.tokens) - 1) / decode if decode > 0 and len(self.tokens) > 1 else 0.0,
+        }
+        text = self.text.text if self.text is not None else None
+        return Completion(self.tokens, self.finish_reason, len(self.prompt), timings, self.logprobs, text)
+
+
+class Stream(Iterator[str]):
+    """Pieces of text as they are generated. Leaving the loop stops the work; `result` is there at the end."""
+
+    def __init__(self, gemma: Gemma, sequence: _Sequence) -> None:
+        self._gemma = gemma
+        self._sequence = sequence
+        self._flag = gemma._begin()
+        self._steps = gemma._steps([sequence], self._flag)
+        self.result: Completion | None = None
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> str:
+        if self.result is not None:
+            raise StopIteration
+        try:
+            while not self._sequence.finish_reason:
+                for piece in next(self._steps, [""]):
+                    if piece:
+                        if self._sequence.finish_reason:
+                            self._finish()
+                        return piece
+        except BaseException:
+            self._sequence.finish_reason = self._sequence.finish_reason or "cancelled"
+            self._finish()
+            raise
+        self._finish()
+        raise StopIteration
+
+    def _finish(self) -> None:
+        self._steps.close()
+        self._gemma._end(self._flag)
+        self.result = self._sequence.result()
+
+    def cancel(self) -> None:
+        """Stops the generation, from any thread: the loop over the stream ends, with finish_reason "cancelled"."""
+        self._flag.set()
+
+    def close(self) -> None:
+        """Ends the generation here. Safe to call at any time, and again."""
+        self._flag.set()
+        if self.result is None:
+            if not self._sequence.finish_reason:
+                self._sequence.end("cancelled")
+            self._finish()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_flag"):
+            self._gemma._end(self._flag)
+
+
+class Gemma:
+    """A Gemma model and its tokenizer. Make one with `Gemma.load`."""
+
+    def __init__(
+        self, model: _native.Model, config: Config, tokenizer: Any, chat_template: str | None, loaded_with: dict[str, Any],
+        context: int,
+    ) -> None:
+        self._model: _native.Model | None = model
+        self._config = config
+        self._build_tokenizer = tokenizer
+        self._tokenizer: Tokenizer | None = None
+        self._chat_template = chat_template
+        self._loaded_with = loaded_with
+        self._context = context
+        self._running: set[_native.CancelFlag] = set()
+        self._warned = False
+
+    @classmethod
+    def load(
+        cls, source: str | os.PathLike[str], device: str = "auto", weights: str = "auto", kv: str = "bf16",
+        threads: int | None = None, context: int | None = None, deterministic: bool = False, progress: Progress | None = None,
+    ) -> Gemma:
+        """Opens a checkpoint and puts it on a device.
+
+        source: a directory (config.json, *.safetensors, tokenizer.model), a .gguf or packed .safetensors file, a Hugging Face
+            Hub id, or "demo".
+        device: "auto" | "cpu" | "cuda" | "cuda:1". weights: "auto" (as stored) | "bf16" | "int8" | "int4".
+        kv: the KV cache, "bf16" | "f32". threads: of the CPU; default: the physical cores that may be used.
+        context: tokens a sequence may have, at most (and by default) what the model was made for.
+        deterministic: on CUDA, the same bits for any split of a prompt; the CPU always keeps them.
+        progress: called with (bytes done, bytes in all) in place of the bar that a terminal shows.
+
+        Raises FileNotFoundError, FormatError, MissingDependency, ValueError (settings), MemoryError, RuntimeError (device).
+        """
+        if device == "auto":
+            device = "cpu" if _native.cuda_status() else "cuda"
+        arguments = {
+            "device": device, "weights": weights, "kv": kv, "threads": threads, "context": context,
+            "deterministic": deterministic,
+        }  # fmt: skip
+        checkpoint = open_checkpoint(source, progress)
+        try:
+            config = checkpoint.config
+            if context is not None and (isinstance(context, bool) or not isinstance(context, int)):
+                raise TypeError(f"context must be an integer, not {context!r}")
+            if context is not None and not 1 <= context <= config.context_length:
+                raise ValueError(f"context must be between 1 and {config.context_length} tokens, not {context}")
+            model = _native.Model(
+                config, checkpoint.tensors, device, threads, kv=kv, weights=weights, consumed=checkpoint.consumed
+            )
+            loaded_with = {"source": os.fspath(source), **arguments}
+            return cls(
+                model, config, checkpoint.tokenizer, checkpoint.chat_template, loaded_with, context or config.context_length
+            )
+        finally:
+            checkpoint.close()
+
+    # --- what it is ---
+
+    @property
+    def model(self) -> _native.Model:
+        """The native model: tokens in, logits out. Raises RuntimeError after `close()`."""
+        if self._model is None:
+            raise RuntimeError("this Gemma is closed")
+        return self._model
+
+    @property
+    def config(self) -> Config:
+        return self._config
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return self._build_tokenizer is not None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Built on first use. Raises ValueError where the checkpoint has none."""
+        if self._tokenizer is None:
+            if self._build_tokenizer is None:
+                raise ValueError(f"{self._loaded_with['source']}: no tokenizer.model or tokenizer.json; give token ids, not text")
+            tokenizer = self._build_tokenizer()
+            if tokenizer.vocab_size > self.config.vocab_size:
+                warnings.warn(
+                    f"the tokenizer has {tokenizer.vocab_size} pieces, but the model's embedding {self.config.vocab_size} rows: "
+                    "text that needs the rest is refused",
+                    stacklevel=2,
+                )
+            self._tokenizer = tokenizer
+        return self._tokenizer
+
+    def __repr__(self) -> str:
+        state = "closed" if self._model is None else self._model.device
+        return f"<Gemma {self._loaded_with['source']!r} ({self.config.architecture}, {state})>"
+
+    def __enter__(self) -> Gemma:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stops what runs and gives the memory back. Later calls raise RuntimeError."""
+        self.cancel()
+        self._model = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reload, (self._loaded_with,)
+
+    # --- running calls ---
+
+    def cancel(self) -> None:
+        """Stops every running call, from any thread: they end with finish_reason "cancelled"."""
+        for flag in list(self._running):
+            flag.set()
+
+    def _begin(self) -> _native.CancelFlag:
+        flag = _native.CancelFlag()
+        self._running.add(flag)
+        return flag
+
+    def _end(self, flag: _native.CancelFlag) -> None:
+        self._running.discard(flag)
+
+    def _steps(self, sequences: list[_Sequence], flag: _native.CancelFlag) -> Iterator[list[str]]:
+        """Runs sequences to their ends; after each step yields the text that it gave each of them. Prompts are appended to the
+        caches as far as they are not there yet."""
+        model = self.model
+        fresh = {id(s): s.prompt[s.cache.length :] for s in sequences}
+        while live := [s for s in sequences if not s.finish_reason]:
+            tokens = [fresh.pop(id(s), None) or s.tokens[-1:] for s in live]
+            needed = [s.params.best_needed for s in live]
+            ids: NDArray[np.int32] | None = None
+            try:
+                if flag.is_set():
+                    raise _native.Cancelled
+                caches = [s.cache for s in live]
+                if all(needed):
+                    ids, logits = model.forward_batch(tokens, caches, top_k=min(max(needed), self.config.vocab_size), cancel=flag)
+                else:
+                    logits = model.forward_batch(tokens, caches, cancel=flag)
+            except _native.Cancelled:
+                yield [s.end("cancelled") if not s.finish_reason else "" for s in sequences]
+                return
+            row = {id(s): i for i, s in enumerate(live)}
+            pieces = []
+            for s in sequences:
+                i = row.get(id(s))
+                pieces.append("" if i is None else s.take(None if ids is None else ids[i], logits[i]))
+            yield pieces
+
+    # --- prompts ---
+
+    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt)
+        elif isinstance(prompt, (bytes, dict)) or not hasattr(prompt, "__len__"):
+            raise TypeError(f"a prompt is text or a list of token ids, not {type(prompt).__name__}")
+        else:
+            ids = [_token(t) for t in prompt]
+        if not ids:
+            raise ValueError("the prompt has no tokens; at least one is needed")
+        rows = self.config.vocab_size
+        for t in ids:
+            if not 0 <= t < rows:
+                raise ValueError(f"token id {t} is outside the embedding's rows [0, {rows})")
+        if len(ids) > self._context:
+            raise ValueError(f"the prompt has {len(ids)} tokens, more than the context of {self._context}")
+        return ids
+
+    def _ends(self, params: SamplingParams) -> frozenset[int]:
+        ends = set(params.stop_tokens)
+        if not params.ignore_eos:
+            ends.update(self.config.eos_token_ids)
+            if self.has_tokenizer:
+                turn = self.tokenizer.id("<end_of_turn>")
+                if turn is not None and self.tokenizer.is_control(turn):
+                    ends.add(turn)
+        return frozenset(ends)
+
+    def _sequences(self, prompts: list[list[int]], params: SamplingParams) -> list[_Sequence]:
+        if params.stop and not self.has_tokenizer:
+            raise ValueError("stop strings need a tokenizer, which this checkpoint does not have; use stop_tokens")
+        for token in params.logit_bias:
+            if token >= self.config.vocab_size:
+                raise ValueError(f"logit_bias: token id {token} is outside the vocabulary of {self.config.vocab_size}")
+        tokenizer = self.tokenizer if self.has_tokenizer else None
+        ends = self._ends(params)
+        return [
+            _Sequence(ids, params, i, self.model.new_cache(self._context), tokenizer, ends)
+            for ids in prompts
+            for i in range(params.n)
+        ]
+
+    # --- text in, text out ---
+
+    @overload
+    def generate(self, prompt: str | list[int], params: SamplingParams | None = None, **settings: Any) -> Completion: ...
+    @overload
+    def generate(
+        self, prompt: list[str] | list[list[int]], params: SamplingParams | None = None, **settings: Any
+    ) -> list[Completion]: ...
+    def generate(self, prompt: Any, params: SamplingParams | None = None, **settings: Any) -> Any:
+        """Continues a prompt, or a list of prompts as one batch (each gets what it would get alone).
+
+        prompt: text (BOS is put in front), a list of token ids (used as given), or a list of either.
+        params, settings: see SamplingParams. With n > 1, a list of n completions stands for each prompt.
+
+        Raises ValueError (prompt too long or empty, token ids out of range, settings), TypeError.
+        """
+        chosen = make_params(params, settings)
+        batch = _is_batch(prompt)
+        prompts = [self._ids(p) for p in prompt] if batch else [self._ids(prompt)]
+        if not prompts:
+            return []
+        sequences = self._sequences(prompts, chosen)
+        flag = self._begin()
+        try:
+            for _ in self._steps(sequences, flag):
+                pass
+        finally:
+            self._end(flag)
+        results = [s.result() for s in sequences]
+        if chosen.n > 1:
+            grouped = [results[i : i + chosen.n] for i in range(0, len(results), chosen.n)]
+            return grouped if batch else grouped[0]
+        return results if batch else results[0]
+
+    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None, **settings: Any) -> Stream:
+        """Like `generate` for one prompt, but gives whole characters of text as they come. See `Stream`."""
+        chosen = make_params(params, settings)
+        if chosen.n != 1:
+            raise ValueError(f"stream gives one continuation; n is {chosen.n}")
+        if _is_batch(prompt):
+            raise TypeError("stream takes one prompt; generate takes a list of them")
+        self.tokenizer  # noqa: B018  (text is wanted: say now if there is no tokenizer)
+        return Stream(self, self._sequences([self._ids(prompt)], chosen)[0])
+
+    def chat(self, system: str | None = None) -> Chat:
+        """Starts a conversation. See `Chat`. Raises ValueError where the vocabulary has no turns."""
+        from .chat import Chat
+
+        if self._chat_template is None and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "this checkpoint has no chat template: it is probably a base model, which continues text rather than answers",
+                stacklevel=2,
+            )
+        return Chat(self, system)
+
+    def score(self, text: str | Sequence[int]) -> Score:
+        """How probable the model finds a text: log-probabilities of each token after the first, and the perplexity.
+
+        text: scored after BOS; or token ids, used as given. Raises ValueError for fewer than two tokens or too many.
+        """
+        ids = self._ids(text)
+        if len(ids) < 2:
+            raise ValueError("a text to score needs at least two tokens (BOS counts)")
+        flag = self._begin()
+        try:
+            return Score(ids, self.model.score(ids, self.model.new_cache(self._context), cancel=flag))
+        finally:
+            self._end(flag)
+
+    def infill(self, prefix: str, suffix: str, params: SamplingParams | None = None, **settings: Any) -> Completion:
+        """What stands between prefix and suffix, by CodeGemma's fill-in-the-middle. Raises ValueError for a vocabulary without it."""
+        chosen = make_params(params, settings)
+        t = self.tokenizer
+        names = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|file_separator|>")
+        marks = [t.id(name) for name in names]
+        if None in marks:
+            marks = [67, 68, 69, 70]  # CodeGemma's, which some conversions leave unnamed
+            if self.config.architecture != "gemma" or not all(t.is_control(m) for m in marks if m is not None):
+                raise ValueError("this vocabulary has no fill-in-the-middle tokens; infill needs a CodeGemma checkpoint")
+        first, middle, last, separator = (int(m) for m in marks if m is not None)
+        ids = [first, *t.encode(prefix, bos=False), last, *t.encode(suffix, bos=False), middle]
+        if t.bos_id is not None:
+            ids.insert(0, t.bos_id)
+        stops = [*chosen.stop_tokens, first, middle, last, separator]
+        return self.generate(ids, make_params(chosen, {"stop_tokens": stops}))
+
+
+def _reload(arguments: dict[str, Any]) -> Gemma:
+    return Gemma.load(**arguments)
+
+
+def _token(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"token ids are integers, not {value!r:.60}")
+    return int(value)
+
+
+def _is_batch(prompt: Any) -> bool:
+    """A list of ints (or an integer array) is one prompt; a list of strings or of lists is several."""
+    if isinstance(prompt, (str, bytes, dict)) or not hasattr(prompt, "__len__"):
+        return False
+    if isinstance(prompt, np.ndarray):
+        return prompt.ndim > 1
+    return all(isinstance(p, str) or hasattr(p, "__len__") for p in prompt) and len(prompt) > 0
