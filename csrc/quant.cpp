@@ -268,6 +268,13 @@ Scales file_scales(DType t, const Layout& l, const uint8_t* p, int j) {
   return {d, d, m};
 }
 
+// Nearest of 0..15 to x - 0.5, halves up. Truncation is the floor, since x is clamped to positive first: no library
+// calls, so that the search over scales is quick on every CPU.
+int nibble(float x) {
+  x = x > 0.0f ? x : 0.0f;
+  return static_cast<int>(x < 15.0f ? x : 15.0f);
+}
+
 int blocks_of(DType t) { return encoding(t).block / kBlock; }
 
 // Row r's scales of block j of a unit, in the file's form, into a file block that starts as zeros.
@@ -458,8 +465,13 @@ void encode_row(DType type, const float* x, int64_t k, uint8_t* row) {
       if (std::fabs(f) > std::fabs(top)) top = f;
     }
     uint32_t w[8] = {};
+    // Beyond these, no scale in half precision reaches the value.
+    const float limit = 65504.0f * (type == DType::Q8_0 ? 127 : 8);
+    GEMMA_CHECK(std::fabs(top) <= limit, "a weight is ", top, ": ", encoding(type).name, " reaches ", limit, " at most");
     if (type == DType::Q8_0) {
-      const float d = std::fabs(top) / 127, inverse = d > 0 ? 1 / d : 0;
+      const float d = std::fabs(top) / 127;
+      // A scale so small that its inverse overflows is 0 in half precision, and so are the values.
+      const float inverse = d >= std::numeric_limits<float>::min() ? 1 / d : 0;
       store16(row, float_to_half(d));
       for (int i = 0; i < kBlock; ++i) w[i / 4] |= static_cast<uint32_t>(static_cast<int>(std::lround(v[i] * inverse)) + 128) << 8 * (i % 4);
     } else {
@@ -469,8 +481,8 @@ void encode_row(DType type, const float* x, int64_t k, uint8_t* row) {
         const float d = half_to_float(float_to_half(top / (-8 + 0.1f * static_cast<float>(s)))), inverse = d != 0 ? 1 / d : 0;
         float error = 0;
         for (float f : v) {
-          const float q = std::fmin(15.0f, std::fmax(0.0f, std::floor(f * inverse + 8.5f))) - 8;
-          error += (f - d * q) * (f - d * q);
+          const float e = f - d * static_cast<float>(nibble(f * inverse + 8.5f) - 8);
+          error += e * e;
         }
         if (error < best_error) {
           best_error = error;
@@ -479,8 +491,7 @@ void encode_row(DType type, const float* x, int64_t k, uint8_t* row) {
       }
       const float inverse = best_d != 0 ? 1 / best_d : 0;
       store16(row, float_to_half(best_d));
-      for (int i = 0; i < kBlock; ++i)
-        w[i / 4] |= static_cast<uint32_t>(std::fmin(15.0f, std::fmax(0.0f, std::floor(v[i] * inverse + 8.5f)))) << 8 * (i % 4);
+      for (int i = 0; i < kBlock; ++i) w[i / 4] |= static_cast<uint32_t>(nibble(v[i] * inverse + 8.5f)) << 8 * (i % 4);
     }
     write_values(type, row, 0, w);
   }

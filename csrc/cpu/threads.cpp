@@ -86,7 +86,7 @@ struct ThreadPool::Shared {
 
   // True when a loop after number `seen` was joined; `seen` becomes its number.
   bool join(uint64_t& seen) {
-    uint64_t s = state.load(std::memory_order_acquire);
+    uint64_t s = state.load();  // sequentially consistent, with `sleepers`: a worker about to sleep cannot miss a loop
     while ((s & kOpen) && s / kLoop != seen) {
       if (state.compare_exchange_weak(s, s + 1, std::memory_order_acq_rel)) {
         seen = s / kLoop;

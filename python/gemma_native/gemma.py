@@ -10,9 +10,9 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,7 +103,12 @@ class _Sequence:
     """One running continuation."""
 
     def __init__(
-        self, prompt: list[int], params: SamplingParams, index: int, cache: _native.Cache, tokenizer: Tokenizer | None,
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        index: int,
+        cache: _native.Cache,
+        tokenizer: Tokenizer | None,
         ends: frozenset[int],
     ) -> None:
         self.prompt = prompt
@@ -212,7 +217,12 @@ class Gemma:
     """A Gemma model and its tokenizer. Make one with `Gemma.load`."""
 
     def __init__(
-        self, model: _native.Model, config: Config, tokenizer: Any, chat_template: str | None, loaded_with: dict[str, Any],
+        self,
+        model: _native.Model,
+        config: Config,
+        tokenizer: Any,
+        chat_template: str | None,
+        loaded_with: dict[str, Any],
         context: int,
     ) -> None:
         self._model: _native.Model | None = model
@@ -227,8 +237,15 @@ class Gemma:
 
     @classmethod
     def load(
-        cls, source: str | os.PathLike[str], device: str = "auto", weights: str = "auto", kv: str = "bf16",
-        threads: int | None = None, context: int | None = None, deterministic: bool = False, progress: Progress | None = None,
+        cls,
+        source: str | os.PathLike[str],
+        device: str = "auto",
+        weights: Literal["auto", "bf16", "int8", "int4"] = "auto",
+        kv: Literal["bf16", "f32"] = "bf16",
+        threads: int | None = None,
+        context: int | None = None,
+        deterministic: bool = False,
+        progress: Progress | None = None,
     ) -> Gemma:
         """Opens a checkpoint and puts it on a device.
 
@@ -260,7 +277,12 @@ class Gemma:
             )
             loaded_with = {"source": os.fspath(source), **arguments}
             return cls(
-                model, config, checkpoint.tokenizer, checkpoint.chat_template, loaded_with, context or config.context_length
+                model,
+                config,
+                checkpoint.tokenizer,
+                checkpoint.chat_template,
+                loaded_with,
+                context or config.context_length,
             )
         finally:
             checkpoint.close()
@@ -287,7 +309,9 @@ class Gemma:
         """Built on first use. Raises ValueError where the checkpoint has none."""
         if self._tokenizer is None:
             if self._build_tokenizer is None:
-                raise ValueError(f"{self._loaded_with['source']}: no tokenizer.model or tokenizer.json; give token ids, not text")
+                raise ValueError(
+                    f"{self._loaded_with['source']}: no tokenizer.model or tokenizer.json; give token ids, not text"
+                )
             tokenizer = self._build_tokenizer()
             if tokenizer.vocab_size > self.config.vocab_size:
                 warnings.warn(
@@ -331,13 +355,13 @@ class Gemma:
     def _end(self, flag: _native.CancelFlag) -> None:
         self._running.discard(flag)
 
-    def _steps(self, sequences: list[_Sequence], flag: _native.CancelFlag) -> Iterator[list[str]]:
+    def _steps(self, sequences: list[_Sequence], flag: _native.CancelFlag) -> Generator[list[str], None, None]:
         """Runs sequences to their ends; after each step yields the text that it gave each of them. Prompts are appended to the
         caches as far as they are not there yet."""
         model = self.model
         fresh = {id(s): s.prompt[s.cache.length :] for s in sequences}
         while live := [s for s in sequences if not s.finish_reason]:
-            tokens = [fresh.pop(id(s), None) or s.tokens[-1:] for s in live]
+            tokens = [fresh.pop(id(s), []) or s.tokens[-1:] for s in live]
             needed = [s.params.best_needed for s in live]
             ids: NDArray[np.int32] | None = None
             try:
@@ -345,7 +369,9 @@ class Gemma:
                     raise _native.Cancelled
                 caches = [s.cache for s in live]
                 if all(needed):
-                    ids, logits = model.forward_batch(tokens, caches, top_k=min(max(needed), self.config.vocab_size), cancel=flag)
+                    ids, logits = model.forward_batch(
+                        tokens, caches, top_k=min(max(needed), self.config.vocab_size), cancel=flag
+                    )
                 else:
                     logits = model.forward_batch(tokens, caches, cancel=flag)
             except _native.Cancelled:
@@ -404,11 +430,14 @@ class Gemma:
     # --- text in, text out ---
 
     @overload
-    def generate(self, prompt: str | list[int], params: SamplingParams | None = None, **settings: Any) -> Completion: ...
+    def generate(
+        self, prompt: str | list[int], params: SamplingParams | None = None, **settings: Any
+    ) -> Completion: ...
     @overload
     def generate(
         self, prompt: list[str] | list[list[int]], params: SamplingParams | None = None, **settings: Any
     ) -> list[Completion]: ...
+
     def generate(self, prompt: Any, params: SamplingParams | None = None, **settings: Any) -> Any:
         """Continues a prompt, or a list of prompts as one batch (each gets what it would get alone).
 
@@ -480,7 +509,9 @@ class Gemma:
         if None in marks:
             marks = [67, 68, 69, 70]  # CodeGemma's, which some conversions leave unnamed
             if self.config.architecture != "gemma" or not all(t.is_control(m) for m in marks if m is not None):
-                raise ValueError("this vocabulary has no fill-in-the-middle tokens; infill needs a CodeGemma checkpoint")
+                raise ValueError(
+                    "this vocabulary has no fill-in-the-middle tokens; infill needs a CodeGemma checkpoint"
+                )
         first, middle, last, separator = (int(m) for m in marks if m is not None)
         ids = [first, *t.encode(prefix, bos=False), last, *t.encode(suffix, bos=False), middle]
         if t.bos_id is not None:

@@ -54,7 +54,12 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             if not _is_integer(token) or token < 0:
                 raise ValueError(f"logit_bias: {token!r} is not a token id")
-            if not isinstance(bias, (int, float, np.number)) or isinstance(bias, bool) or math.isnan(bias) or bias == math.inf:
+            if (
+                not isinstance(bias, (int, float, np.number))
+                or isinstance(bias, bool)
+                or math.isnan(bias)
+                or bias == math.inf
+            ):
                 raise ValueError(f"logit_bias[{token}] is {bias!r}; a number is expected (-inf bans the token)")
         if self.seed is not None:
             _integer(self, "seed", 0)
@@ -119,7 +124,9 @@ def make_params(params: SamplingParams | None, settings: Mapping[str, Any]) -> S
             import difflib
 
             close = difflib.get_close_matches(name, _FIELDS, 1)
-            raise TypeError(f"there is no sampling setting {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+            raise TypeError(
+                f"there is no sampling setting {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+            )
     if params is None:
         return SamplingParams(**settings)
     if not isinstance(params, SamplingParams):
@@ -185,7 +192,9 @@ class Sampler:
         if p.repetition_penalty != 1:
             seen = np.union1d(self._prompt, np.fromiter(self._counts, np.int64, len(self._counts)))
             values = out[seen]
-            out[seen] = np.where(values > 0, values / np.float32(p.repetition_penalty), values * np.float32(p.repetition_penalty))
+            out[seen] = np.where(
+                values > 0, values / np.float32(p.repetition_penalty), values * np.float32(p.repetition_penalty)
+            )
         if self._counts and (p.presence_penalty or p.frequency_penalty):
             tokens = np.fromiter(self._counts.keys(), np.int64)
             counts = np.fromiter(self._counts.values(), np.float32)

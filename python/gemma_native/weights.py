@@ -213,7 +213,9 @@ def _safetensors_entry(path: Path, name: str, entry: Any, start: int, size: int)
 
     if not isinstance(entry, dict):
         raise FormatError(f"{path}: tensor {name!r} is not described by an object")
-    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    dtype: Any = entry.get("dtype")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
     if not isinstance(dtype, str):
         raise FormatError(f"{path}: tensor {name!r} has no dtype")
     if not integers(shape) or len(shape) > 8:
