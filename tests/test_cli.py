@@ -13,12 +13,11 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import sentencepiece
-from safetensors.numpy import save_file
+from tiny import write_hf
 
 from gemma_native import Gemma, SamplingParams, cli
 
@@ -49,45 +48,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         minloglevel=2,
     )
     (folder / "tokenizer.model").write_bytes(proto.getvalue())
-    config = {
-        "architectures": ["GemmaForCausalLM"],
-        "model_type": "gemma",
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 1,
-        "head_dim": 32,
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "bos_token_id": 2,
-        "eos_token_id": 1,
-        "pad_token_id": 0,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    rng = np.random.default_rng(0)
-
-    def random(*shape: int) -> np.ndarray[Any, Any]:
-        return (rng.standard_normal(shape) * 0.1).astype(np.float32)
-
-    tensors = {"model.embed_tokens.weight": random(512, 64), "model.norm.weight": random(64)}
-    for i in range(2):
-        layer = f"model.layers.{i}."
-        tensors |= {
-            layer + "input_layernorm.weight": random(64),
-            layer + "self_attn.q_proj.weight": random(128, 64),
-            layer + "self_attn.k_proj.weight": random(32, 64),
-            layer + "self_attn.v_proj.weight": random(32, 64),
-            layer + "self_attn.o_proj.weight": random(64, 128),
-            layer + "post_attention_layernorm.weight": random(64),
-            layer + "mlp.gate_proj.weight": random(128, 64),
-            layer + "mlp.up_proj.weight": random(128, 64),
-            layer + "mlp.down_proj.weight": random(64, 128),
-        }
-    save_file(tensors, folder / "model.safetensors")
-    return folder
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    return write_hf(folder, "gemma-mqa", vocab_size=512, max_position_embeddings=8192, **sizes)
 
 
 def run(*arguments: object, stdin: bytes | None = None, **environment: str) -> subprocess.CompletedProcess[bytes]:
@@ -215,25 +177,25 @@ class Terminal:
     def __init__(self, *arguments: object) -> None:
         import pty
 
+        self.got = b""
         self.process, self.fd = pty.fork()
         if self.process == 0:
             os.environ["TERM"] = "dumb"
             os.execv(sys.executable, [*COMMAND, *map(str, arguments)])
 
-    def until(self, text: str, seconds: float = 60) -> str:
-        """Reads on until `text` has come; the rest stays for later."""
-        got = b""
+    def until(self, text: str, seconds: float = 60) -> None:
+        """Reads up to and with `text`; what came behind it is for the next call."""
         end = time.monotonic() + seconds
-        while text.encode() not in got:
+        while text.encode() not in self.got:
             left = end - time.monotonic()
-            assert left > 0, f"{text!r} did not come: {got!r}"
-            if select.select([self.fd], [], [], left)[0]:
-                try:
-                    got += os.read(self.fd, 1024)
-                except OSError:
-                    break
-        assert text.encode() in got, f"{text!r} did not come: {got!r}"
-        return got.decode(errors="replace")
+            if left <= 0 or not select.select([self.fd], [], [], left)[0]:
+                break
+            try:
+                self.got += os.read(self.fd, 1024)
+            except OSError:  # the other end is closed
+                break
+        before, found, self.got = self.got.partition(text.encode())
+        assert found, f"{text!r} did not come: {before!r}"
 
     def send(self, text: str) -> None:
         os.write(self.fd, text.encode())
@@ -251,7 +213,9 @@ class Terminal:
 @pytest.fixture
 def chat(model: Path) -> Iterator[Terminal]:
     pytest.importorskip("pty")
-    terminal = Terminal("chat", "--model", model, "--max-tokens", 8000, "--ignore-eos", "--threads", 1)
+    # 5 is <end_of_turn>, which would end an answer of the random model before it can be interrupted.
+    endless = ["--max-tokens", 8000, "--ignore-eos", "--logit-bias", "5=-inf"]
+    terminal = Terminal("chat", "--model", model, "--threads", 1, *endless)
     yield terminal
     os.close(terminal.fd)
 
@@ -263,8 +227,8 @@ def test_chat_in_a_terminal(chat: Terminal) -> None:
     chat.until("Ctrl-C")
     chat.until("> ")
     chat.send("hello there\r")
-    chat.until("\n")
-    time.sleep(0.3)  # some of the 8,000 tokens
+    chat.until("\n")  # the echo
+    time.sleep(0.5)  # some of the 8,000 tokens
     chat.send("\x03")
     chat.until("(stopped)")
     chat.until("> ")
@@ -300,7 +264,7 @@ def test_info(model: Path) -> None:
     assert facts["machine"]["device"] in ("cpu", "cuda") and facts["machine"]["threads"] >= 1
     assert len(facts["tensors"]) == 20
     text = run("info", model, "--tensors").stdout.decode()
-    assert "F32" in text and "model.layers.1.mlp.down_proj.weight" in text and facts["machine"]["isa"] in text
+    assert "BF16" in text and "model.layers.1.mlp.down_proj.weight" in text and facts["machine"]["isa"] in text
 
 
 def test_bench(model: Path) -> None:

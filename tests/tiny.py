@@ -63,10 +63,10 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "gemma2-mha": {
         "model_type": "gemma2",
-        "hidden_size": 71,
+        "hidden_size": 75,
         "intermediate_size": 131,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
         "head_dim": 128,
         "query_pre_attn_scalar": 128,
         "sliding_window": 7,
@@ -85,7 +85,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "gemma3-scaled": {
         "model_type": "gemma3_text",
-        "hidden_size": 100,
+        "hidden_size": 102,
         "intermediate_size": 168,
         "num_attention_heads": 6,
         "num_key_value_heads": 2,
@@ -163,15 +163,22 @@ def shapes(config: Mapping[str, Any]) -> Shapes:
     return out | {"model.norm.weight": (d,)}
 
 
+def _normal(bits: np.random.PCG64, shape: tuple[int, ...]) -> np.ndarray:
+    """Nearly normal float32 numbers from integers alone: the same for every version of NumPy, as its generators' are not."""
+    n = int(np.prod(shape))
+    quarters = bits.random_raw(n).view(np.uint16).reshape(n, 4).astype(np.int32)
+    return ((quarters.sum(-1) - 2 * 0xFFFF).astype(np.float32) * np.float32(2.0**-16 * 3**0.5)).reshape(shape)
+
+
 def random_weights(config: Mapping[str, Any], seed: int) -> dict[str, np.ndarray]:
     """float32 tensors under Hugging Face names; norm weights are centred at 0 (the model adds 1)."""
-    rng = np.random.default_rng(seed)
+    bits = np.random.PCG64(seed)
     e = config["head_dim"]
     scale = config.get("query_pre_attn_scalar", e) ** -0.5
     sharp = 2.5  # standard deviation of the attention scores
     out = {}
     for name, shape in shapes(config).items():
-        w = rng.standard_normal(shape).astype(np.float32)
+        w = _normal(bits, shape)
         part = name.split(".")[-2]
         k = shape[-1]
         if part.endswith("norm"):
@@ -180,6 +187,8 @@ def random_weights(config: Mapping[str, Any], seed: int) -> dict[str, np.ndarray
                 w += np.float32((sharp / (e**0.5 * scale)) ** 0.5 - 1)
             elif part.startswith("post_") and config["model_type"] != "gemma":
                 w += np.float32(1.0)  # each half of a layer adds vectors of root mean square 2
+            elif name == "model.norm.weight":  # random signs of 1 + w, or the tied head would favour the last token
+                w -= (bits.random_raw(k) >> 63).astype(np.float32) * 2
         elif part == "embed_tokens":
             w *= np.float32(2.5 / k**0.5)
         elif part in ("q_proj", "k_proj"):  # scores: s^2 D sqrt(E) scale

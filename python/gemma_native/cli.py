@@ -144,10 +144,9 @@ SAMPLING: dict[str, dict[str, Any]] = {
 
 def _parser() -> Parser:
     parser = Parser(prog=PROGRAM, description="Gemma on this machine: generate text, chat, look into files, measure.")
-    from importlib.metadata import PackageNotFoundError, version
+    from . import __version__
 
-    with contextlib.suppress(PackageNotFoundError):
-        parser.add_argument("--version", action="version", version=f"{PROGRAM} {version(PROGRAM)}")
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
@@ -264,10 +263,12 @@ def _prompt(args: argparse.Namespace) -> str:
 def _generate(args: argparse.Namespace) -> None:
     settings = _sampling(args)
     prompt = _prompt(args)
+    results: list[Any]
     with _load(args) as gemma:
         try:
             if settings.get("n", 1) > 1:
-                results = gemma.generate(prompt, **settings)
+                answers: Any = gemma.generate(prompt, **settings)  # with n > 1 a list
+                results = answers
                 for i, result in enumerate(results):
                     print(f"--- {i + 1} of {len(results)}\n{result.text}")
             else:
@@ -344,7 +345,7 @@ def _chat(args: argparse.Namespace) -> None:
                     if line in ("/exit", "/quit"):
                         break
                     if line == "/reset":
-                        chat = gemma.chat(system=args.system)
+                        chat.reset()
                         print("(a new conversation)")
                     elif line == "/help":
                         print(CHAT_HELP)

@@ -1,0 +1,37 @@
+"""Settings of every test run, and tiny checkpoints that are written once a run."""
+
+from __future__ import annotations
+
+import os
+
+# The NumPy reference multiplies small matrices: its library's own threads only get in the way of the engine's.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+from collections.abc import Callable  # noqa: E402
+
+import pytest  # noqa: E402
+import tiny  # noqa: E402
+from make_golden import SEED  # noqa: E402
+
+from gemma_native.weights import Checkpoint, open_checkpoint  # noqa: E402
+
+Open = Callable[[str], Checkpoint]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Open:
+    """checkpoint("gemma2-gqa"): a case of tiny.CASES; checkpoint("gemma3:Q4_K"): a GGUF file of tiny.GGUF_CASES."""
+    folder = tmp_path_factory.mktemp("tiny")
+    opened: dict[str, Checkpoint] = {}
+
+    def open_case(name: str) -> Checkpoint:
+        if name not in opened:
+            case, _, quant = name.partition(":")
+            if quant:
+                source = tiny.write_gguf(folder / f"{case}-{quant}.gguf", case, quant, SEED)
+            else:
+                source = tiny.write_hf(folder / case, case, SEED)
+            opened[name] = open_checkpoint(source)
+        return opened[name]
+
+    return open_case
