@@ -31,8 +31,9 @@ struct Matrix {
   DType type = DType::BF16;
   int64_t rows = 0, cols = 0;
   size_t bytes = 0;
-  bool in_place = false;                       // the caller's buffer is used where it lies and must stay
-  virtual const uint8_t* host_data() const = 0;  // panels (quantised) or rows (BF16), for saving; null if not on the host
+  bool in_place = false;  // the caller's buffer is used where it lies and must stay
+  virtual const uint8_t* host_data()
+      const = 0;  // panels (quantised) or rows (BF16), for saving; null if not on the host
 };
 
 // Memory of a backend, by role; grown as needed and kept.
@@ -50,8 +51,8 @@ struct KvStore {
 };
 
 struct KvShape {
-  bool f32 = false;               // else bf16
-  std::vector<int64_t> ring;      // positions a layer holds: slot = position % ring; 0: every position has its own
+  bool f32 = false;           // else bf16
+  std::vector<int64_t> ring;  // positions a layer holds: slot = position % ring; 0: every position has its own
 };
 
 // A run of rows of a pass that belong to one sequence: rows [row, row + count) stand at [position, position + count).
@@ -70,7 +71,8 @@ constexpr int64_t kMaxRows = 512;  // rows a pass; also how far a sliding layer'
 constexpr int64_t kKeyBlock = 64;  // keys an attention block: starts at absolute multiples of this
 
 struct LayerWeights {
-  std::unique_ptr<Buffer> attn_norm, post_attn_norm, ffn_norm, post_ffn_norm, q_norm, k_norm;  // null where the model has none
+  std::unique_ptr<Buffer> attn_norm, post_attn_norm, ffn_norm, post_ffn_norm, q_norm,
+      k_norm;  // null where the model has none
   std::unique_ptr<Matrix> q, k, v, o, gate, up, down;
   int64_t index = 0;
   int64_t window = 0;  // 0: full attention
@@ -83,8 +85,10 @@ class Backend {
   virtual const char* device() const = 0;
   virtual int threads() const = 0;
 
-  // Encodes `source` as `target` (tiled unless BF16), or takes it where it lies. `consumed` may be empty.
-  virtual std::unique_ptr<Matrix> load_matrix(const HostTensor& source, DType target, const Consumed& consumed) = 0;
+  // Encodes `source` as `target` (tiled unless BF16), or takes it where it lies. `consumed` may be empty. `fine`: where activations
+  // are quantised, with smaller blocks.
+  virtual std::unique_ptr<Matrix> load_matrix(const HostTensor& source, DType target, bool fine,
+                                              const Consumed& consumed) = 0;
   virtual std::unique_ptr<Buffer> load_vector(const HostTensor& source, float offset) = 0;
   virtual std::unique_ptr<Buffer> new_buffer() = 0;
   virtual void resize(Buffer& buffer, int64_t floats) = 0;

@@ -35,8 +35,8 @@ struct CancelFlag {
 // ---- what comes in -----------------------------------------------------------------------------------------------------
 
 DType dtype_of(const std::string& tensor, const std::string& name) {
-  for (DType t : {DType::F32, DType::F16, DType::BF16, DType::Q8_0, DType::Q4_0, DType::Q4_1, DType::Q5_0, DType::Q5_1, DType::Q4_K,
-                  DType::Q5_K, DType::Q6_K})
+  for (DType t : {DType::F32, DType::F16, DType::BF16, DType::Q8_0, DType::Q4_0, DType::Q4_1, DType::Q5_0, DType::Q5_1,
+                  DType::Q4_K, DType::Q5_K, DType::Q6_K})
     if (name == encoding(t).name) return t;
   fail("tensor \"", tensor, "\" has the unknown type \"", name, "\"");
 }
@@ -46,7 +46,8 @@ int64_t integer(const py::object& config, const char* field, int64_t low, int64_
   if (!py::isinstance<py::int_>(value)) fail("config.", field, " must be an integer");
   int overflow = 0;
   const long long v = PyLong_AsLongLongAndOverflow(value.ptr(), &overflow);
-  GEMMA_CHECK(!overflow && v >= low && v <= high, "config.", field, " is ", std::string(py::str(value)), ", outside [", low, ", ", high, "]");
+  GEMMA_CHECK(!overflow && v >= low && v <= high, "config.", field, " is ", std::string(py::str(value)), ", outside [",
+              low, ", ", high, "]");
   return v;
 }
 
@@ -67,8 +68,8 @@ Config config_of(const py::object& o) {
   c.num_kv_heads = integer(o, "num_kv_heads", 1, 4096);
   c.head_dim = integer(o, "head_dim", 2, kMaxHeadDim);
   c.context_length = integer(o, "context_length", 1, int64_t{1} << 31);
-  GEMMA_CHECK(c.num_heads % c.num_kv_heads == 0, "config.num_heads (", c.num_heads, ") is not a multiple of num_kv_heads (",
-              c.num_kv_heads, ")");
+  GEMMA_CHECK(c.num_heads % c.num_kv_heads == 0, "config.num_heads (", c.num_heads,
+              ") is not a multiple of num_kv_heads (", c.num_kv_heads, ")");
   GEMMA_CHECK(c.head_dim % 2 == 0, "config.head_dim is ", c.head_dim, "; it must be even");
   c.rms_norm_eps = number(o, "rms_norm_eps", 0, 1);
   c.norm_offset = number(o, "norm_offset", 0, 1);
@@ -99,18 +100,19 @@ HostTensor tensor_of(const std::string& name, const py::tuple& entry, py::buffer
   t.type = dtype_of(name, type);
   GEMMA_CHECK(!t.tiled || encoding(t.type).quantized, "tensor \"", name, "\": ", type, " has no tiled form");
   const auto shape = entry[1].cast<std::vector<int64_t>>();
-  GEMMA_CHECK(shape.size() == 1 || shape.size() == 2, "tensor \"", name, "\" has ", shape.size(), " dimensions; 1 or 2 are expected");
+  GEMMA_CHECK(shape.size() == 1 || shape.size() == 2, "tensor \"", name, "\" has ", shape.size(),
+              " dimensions; 1 or 2 are expected");
   t.rows = shape.size() == 2 ? shape[0] : 1;
   t.cols = shape.back();
   constexpr int64_t kWide = int64_t{1} << 28;
-  GEMMA_CHECK(t.rows > 0 && t.cols > 0 && t.rows < kWide && t.cols < kWide, "tensor \"", name, "\" has an absurd shape [", t.rows, ", ",
-              t.cols, "]");
+  GEMMA_CHECK(t.rows > 0 && t.cols > 0 && t.rows < kWide && t.cols < kWide, "tensor \"", name,
+              "\" has an absurd shape [", t.rows, ", ", t.cols, "]");
   t.data = static_cast<const uint8_t*>(view.ptr);
   t.bytes = static_cast<size_t>(view.size) * static_cast<size_t>(view.itemsize);
   const size_t expected =
       t.tiled ? tiled_bytes(t.type, t.rows, t.cols) : row_bytes(t.type, t.cols) * static_cast<size_t>(t.rows);
-  GEMMA_CHECK(t.bytes == expected, "tensor \"", name, "\" has ", t.bytes, " bytes; ", type, " [", t.rows, ", ", t.cols, "] needs ",
-              expected);
+  GEMMA_CHECK(t.bytes == expected, "tensor \"", name, "\" has ", t.bytes, " bytes; ", type, " [", t.rows, ", ", t.cols,
+              "] needs ", expected);
   return t;
 }
 
@@ -196,8 +198,8 @@ void run(PyModel& m, const CancelFlag* cancel, Fn&& f) {
 }
 
 std::shared_ptr<PyModel> make_model(const py::object& config, const py::dict& tensors, const std::string& device,
-                                    const std::optional<int>& threads, const std::string& kv, const std::string& weights,
-                                    const py::object& consumed) {
+                                    const std::optional<int>& threads, const std::string& kv,
+                                    const std::string& weights, const py::object& consumed) {
   auto m = std::make_shared<PyModel>();
   m->config = config;
   const Config c = config_of(config);
@@ -212,7 +214,8 @@ std::shared_ptr<PyModel> make_model(const py::object& config, const py::dict& te
     options.target = DType::Q4_0;
   else
     GEMMA_CHECK(weights == "auto", "weights must be \"auto\", \"bf16\", \"int8\" or \"int4\", not \"", weights, "\"");
-  GEMMA_CHECK(!threads || (*threads >= 1 && *threads <= 1024), "threads must be between 1 and 1024, not ", threads.value_or(0));
+  GEMMA_CHECK(!threads || (*threads >= 1 && *threads <= 1024), "threads must be between 1 and 1024, not ",
+              threads.value_or(0));
 
   std::map<std::string, HostTensor> host;
   std::map<std::string, py::buffer_info> views;
@@ -224,7 +227,8 @@ std::shared_ptr<PyModel> make_model(const py::object& config, const py::dict& te
     py::buffer_info view = entry[2].cast<py::buffer>().request();
     py::ssize_t dense = view.itemsize;
     for (py::ssize_t i = view.ndim; i-- > 0;) {
-      GEMMA_CHECK(view.strides[i] == dense || view.shape[i] <= 1, "tensor \"", name, "\": its buffer must be contiguous");
+      GEMMA_CHECK(view.strides[i] == dense || view.shape[i] <= 1, "tensor \"", name,
+                  "\": its buffer must be contiguous");
       dense *= view.shape[i];
     }
     host[name] = tensor_of(name, entry, view);
@@ -304,12 +308,15 @@ py::dict packed(const std::shared_ptr<PyModel>& m) {
   const py::object base = py::cast(m);
   for (const Model::Weight& w : m->model->weights()) {
     const uint8_t* data = w.matrix ? w.matrix->host_data() : reinterpret_cast<const uint8_t*>(w.vector->data);
-    if (!data) throw std::runtime_error("weights on " + std::string(m->model->backend().device()) + " cannot be packed; use device=\"cpu\"");
+    if (!data)
+      throw std::runtime_error("weights on " + std::string(m->model->backend().device()) +
+                               " cannot be packed; use device=\"cpu\"");
     const size_t bytes = w.matrix ? w.matrix->bytes : static_cast<size_t>(w.length) * sizeof(float);
     py::array_t<uint8_t> view(static_cast<py::ssize_t>(bytes), data, base);
     view.attr("flags").attr("writeable") = false;
     const bool tiled = w.matrix && encoding(w.matrix->type).quantized;
-    const py::object shape = w.matrix ? py::object(py::make_tuple(w.matrix->rows, w.matrix->cols)) : py::object(py::make_tuple(w.length));
+    const py::object shape =
+        w.matrix ? py::object(py::make_tuple(w.matrix->rows, w.matrix->cols)) : py::object(py::make_tuple(w.length));
     out[py::str(w.name)] = py::make_tuple((tiled ? "TILED:" : "") + weight_type(w), shape, py::memoryview(view));
   }
   return out;
@@ -318,13 +325,14 @@ py::dict packed(const std::shared_ptr<PyModel>& m) {
 // ---- entry points for tests: single kernels ----------------------------------------------------------------------------
 
 // y[m, rows] = x W^T with W's encoded rows, as a Model would compute it. The output starts as NaN.
-py::array_t<float> test_product(const std::string& type, const py::buffer& data, int64_t rows, int64_t cols, const FloatArray& x,
-                                int threads) {
+py::array_t<float> test_product(const std::string& type, const py::buffer& data, int64_t rows, int64_t cols,
+                                const FloatArray& x, int threads, bool fine) {
   py::buffer_info view = data.request();
   HostTensor t = tensor_of("product", py::make_tuple(type, py::make_tuple(rows, cols), data), view);
   GEMMA_CHECK(x.ndim() == 2 && x.shape(1) == cols, "x must be [m, ", cols, "]");
   ThreadPool pool(threads);
   const auto w = load_cpu_matrix(pool, t, encoding(t.type).quantized ? t.type : DType::BF16, {});
+  w->fine = fine;
   const int64_t m = x.shape(0);
   py::array_t<float> y({m, rows});
   std::fill(y.mutable_data(), y.mutable_data() + m * rows, NAN);
@@ -347,7 +355,8 @@ py::bytes test_tile(const std::string& type, const py::bytes& data, int64_t rows
     if (back)
       untile_row(t, src + r / kPanel * panel, static_cast<int>(r % kPanel), cols, dst + r * row);
     else
-      tile_panel(t, src + r * row, row, static_cast<int>(std::min<int64_t>(kPanel, rows - r)), cols, dst + r / kPanel * panel);
+      tile_panel(t, src + r * row, row, static_cast<int>(std::min<int64_t>(kPanel, rows - r)), cols,
+                 dst + r / kPanel * panel);
   }
   return out;
 }
@@ -358,7 +367,8 @@ py::bytes quantize_reference(const std::string& type, const FloatArray& x) {
   GEMMA_CHECK(x.ndim() == 2, "x must be [rows, k]");
   std::string out(row_bytes(t, x.shape(1)) * static_cast<size_t>(x.shape(0)), '\0');
   for (py::ssize_t r = 0; r < x.shape(0); ++r)
-    encode_row(t, x.data() + r * x.shape(1), x.shape(1), reinterpret_cast<uint8_t*>(&out[0]) + row_bytes(t, x.shape(1)) * r);
+    encode_row(t, x.data() + r * x.shape(1), x.shape(1),
+               reinterpret_cast<uint8_t*>(&out[0]) + row_bytes(t, x.shape(1)) * r);
   return out;
 }
 
@@ -369,7 +379,8 @@ py::array_t<float> dequantize_reference(const std::string& type, const py::buffe
   py::array_t<float> out({rows, cols});
   for (int64_t r = 0; r < rows; ++r) {
     if (t.tiled)
-      decode_tiled_row(t.type, t.data + r / kPanel * panel_bytes(t.type, cols), static_cast<int>(r % kPanel), cols, out.mutable_data() + r * cols);
+      decode_tiled_row(t.type, t.data + r / kPanel * panel_bytes(t.type, cols), static_cast<int>(r % kPanel), cols,
+                       out.mutable_data() + r * cols);
     else
       decode_row(t.type, t.data + r * row_bytes(t.type, cols), cols, out.mutable_data() + r * cols);
   }
@@ -378,9 +389,12 @@ py::array_t<float> dequantize_reference(const std::string& type, const py::buffe
 
 void add_testing(py::module_& m) {
   py::module_ t = m.def_submodule("testing", "Single kernels of the level in use, for the test suite.");
-  t.def("product", test_product, py::arg("dtype"), py::arg("data"), py::arg("rows"), py::arg("cols"), py::arg("x"), py::arg("threads") = 1);
-  t.def("tile", [](const std::string& n, const py::bytes& d, int64_t r, int64_t c) { return test_tile(n, d, r, c, false); });
-  t.def("untile", [](const std::string& n, const py::bytes& d, int64_t r, int64_t c) { return test_tile(n, d, r, c, true); });
+  t.def("product", test_product, py::arg("dtype"), py::arg("data"), py::arg("rows"), py::arg("cols"), py::arg("x"),
+        py::arg("threads") = 1, py::arg("fine") = false);
+  t.def("tile",
+        [](const std::string& n, const py::bytes& d, int64_t r, int64_t c) { return test_tile(n, d, r, c, false); });
+  t.def("untile",
+        [](const std::string& n, const py::bytes& d, int64_t r, int64_t c) { return test_tile(n, d, r, c, true); });
   t.def("quantize", quantize_reference, py::arg("dtype"), py::arg("x"));
   t.def("dequantize", dequantize_reference, py::arg("dtype"), py::arg("data"), py::arg("rows"), py::arg("cols"));
   t.def("rms_norm", [](const FloatArray& x, const FloatArray& w, float eps) {
@@ -415,7 +429,9 @@ PYBIND11_MODULE(_native, m) {
   py::register_exception<CancelledError>(m, "Cancelled");
   kernels();  // GEMMA_NATIVE_ISA is read, and refused, here
 
-  m.def("isa", [] { return std::string(kernels().name); }, "Instruction-set level in use: \"scalar\", \"avx2\" or \"avx512\".");
+  m.def(
+      "isa", [] { return std::string(kernels().name); },
+      "Instruction-set level in use: \"scalar\", \"avx2\" or \"avx512\".");
   m.def("isa_levels", [] {
     std::vector<std::string> out;
     for (Isa i : {Isa::scalar, Isa::avx2, Isa::avx512})
@@ -424,31 +440,43 @@ PYBIND11_MODULE(_native, m) {
   });
   m.def("default_threads", default_threads, "min(affinity, cgroup quota, physical cores)");
   m.def("cuda_status", cuda_status, "\"\" when a CUDA device can be used, else why not.");
-  m.def("measure_read_bandwidth", [](int threads, int64_t mib) {
-    GEMMA_CHECK(threads >= 1 && threads <= 1024 && mib >= 1 && mib <= 65536, "threads or mib out of range");
-    py::gil_scoped_release release;
-    ThreadPool pool(threads);
-    return read_bandwidth(kernels(), pool, static_cast<size_t>(mib) << 20);
-  }, py::arg("threads"), py::arg("mib") = 1024, "Bytes/s of a plain sequential read by `threads` threads.");
-  m.def("measure_peak", [](int threads) {
-    GEMMA_CHECK(threads >= 1 && threads <= 1024, "threads out of range");
-    py::gil_scoped_release release;
-    ThreadPool pool(threads);
-    return peaks(kernels(), pool);
-  }, py::arg("threads"), "Operations/s of the dot-product instructions in use: {\"int8\", \"bf16\", \"f32\"}.");
+  m.def(
+      "measure_read_bandwidth",
+      [](int threads, int64_t mib) {
+        GEMMA_CHECK(threads >= 1 && threads <= 1024 && mib >= 1 && mib <= 65536, "threads or mib out of range");
+        py::gil_scoped_release release;
+        ThreadPool pool(threads);
+        return read_bandwidth(kernels(), pool, static_cast<size_t>(mib) << 20);
+      },
+      py::arg("threads"), py::arg("mib") = 1024, "Bytes/s of a plain sequential read by `threads` threads.");
+  m.def(
+      "measure_peak",
+      [](int threads) {
+        GEMMA_CHECK(threads >= 1 && threads <= 1024, "threads out of range");
+        py::gil_scoped_release release;
+        ThreadPool pool(threads);
+        return peaks(kernels(), pool);
+      },
+      py::arg("threads"), "Operations/s of the dot-product instructions in use: {\"int8\", \"bf16\", \"f32\"}.");
 
-  py::class_<CancelFlag, std::shared_ptr<CancelFlag>>(m, "CancelFlag", "Stops the native calls that it is given to, from any thread.")
+  py::class_<CancelFlag, std::shared_ptr<CancelFlag>>(m, "CancelFlag",
+                                                      "Stops the native calls that it is given to, from any thread.")
       .def(py::init<>())
       .def("set", [](CancelFlag& f) { f.set = true; })
       .def("clear", [](CancelFlag& f) { f.set = false; })
       .def("is_set", [](const CancelFlag& f) { return f.set.load(); });
 
   py::class_<PyCache, std::shared_ptr<PyCache>>(m, "Cache", "Keys and values of one sequence.")
-      .def_property_readonly("length", [](const PyCache& c) { return c.cache->length(); }, "Positions held.")
+      .def_property_readonly(
+          "length", [](const PyCache& c) { return c.cache->length(); }, "Positions held.")
       .def_property_readonly("capacity", [](const PyCache& c) { return c.cache->capacity(); })
-      .def_property_readonly("nbytes", [](const PyCache& c) { return c.cache->bytes(); }, "Memory committed so far.")
-      .def("truncate", [](PyCache& c, int64_t n) { run(*c.owner, nullptr, [&](const Poll&) { c.cache->truncate(n); }); }, py::arg("n"),
-           "Keep the first n positions. Raises ValueError when a sliding layer no longer holds what position n would see.")
+      .def_property_readonly(
+          "nbytes", [](const PyCache& c) { return c.cache->bytes(); }, "Memory committed so far.")
+      .def(
+          "truncate", [](PyCache& c, int64_t n) { run(*c.owner, nullptr, [&](const Poll&) { c.cache->truncate(n); }); },
+          py::arg("n"),
+          "Keep the first n positions. Raises ValueError when a sliding layer no longer holds what position n would "
+          "see.")
       .def("clone", [](PyCache& c) {
         auto copy = std::make_shared<PyCache>();
         copy->owner = c.owner;
@@ -457,8 +485,9 @@ PYBIND11_MODULE(_native, m) {
       });
 
   py::class_<PyModel, std::shared_ptr<PyModel>>(m, "Model", "A Gemma on a device: token ids in, logits out.")
-      .def(py::init(&make_model), py::arg("config"), py::arg("tensors"), py::arg("device") = "cpu", py::arg("threads") = py::none(),
-           py::kw_only(), py::arg("kv") = "bf16", py::arg("weights") = "auto", py::arg("consumed") = py::none())
+      .def(py::init(&make_model), py::arg("config"), py::arg("tensors"), py::arg("device") = "cpu",
+           py::arg("threads") = py::none(), py::kw_only(), py::arg("kv") = "bf16", py::arg("weights") = "auto",
+           py::arg("consumed") = py::none())
       .def_property_readonly("config", [](const PyModel& p) { return p.config; })
       .def_property_readonly("device", [](const PyModel& p) { return std::string(p.model->backend().device()); })
       .def_property_readonly("threads", [](const PyModel& p) { return p.model->backend().threads(); })
@@ -466,47 +495,62 @@ PYBIND11_MODULE(_native, m) {
       .def_property_readonly("isa", [](const PyModel&) { return std::string(kernels().name); })
       .def_property_readonly("nbytes", [](const PyModel& p) { return p.model->weight_bytes(); })
       .def_property_readonly("kv_bytes_per_token", [](const PyModel& p) { return p.model->kv_bytes_per_token(); })
-      .def("encodings", [](const PyModel& p) {
-        py::dict out;
-        for (const Model::Weight& w : p.model->weights()) out[py::str(w.name)] = weight_type(w);
-        return out;
-      })
+      .def("encodings",
+           [](const PyModel& p) {
+             py::dict out;
+             for (const Model::Weight& w : p.model->weights()) out[py::str(w.name)] = weight_type(w);
+             return out;
+           })
       .def("packed", packed)
-      .def("new_cache", [](const std::shared_ptr<PyModel>& p, const std::optional<int64_t>& capacity) {
-        const int64_t context = p->model->config().context_length;
-        const int64_t n = capacity.value_or(context);
-        GEMMA_CHECK(n >= 1 && n <= context, "capacity must be between 1 and the context length ", context, ", not ", n);
-        auto c = std::make_shared<PyCache>();
-        c->owner = p;
-        c->cache = p->model->new_cache(n);
-        return c;
-      }, py::arg("capacity") = py::none())
-      .def("forward", [](PyModel& p, const py::object& tokens, PyCache& cache, bool all_logits, const std::optional<int64_t>& top_k,
-                         const CancelFlag* cancel) {
-        return forward_batch(p, {tokens_of(tokens)}, {cache.cache.get()}, true, all_logits, top_k, cancel);
-      }, py::arg("tokens"), py::arg("cache"), py::arg("all_logits") = false, py::kw_only(), py::arg("top_k") = py::none(),
-           py::arg("cancel") = nullptr)
-      .def("forward_batch", [](PyModel& p, const py::sequence& tokens, const std::vector<PyCache*>& caches,
-                               const std::optional<int64_t>& top_k, const CancelFlag* cancel) {
-        std::vector<std::vector<int32_t>> t;
-        for (const py::handle& h : tokens) t.push_back(tokens_of(py::reinterpret_borrow<py::object>(h)));
-        std::vector<Cache*> c;
-        for (const PyCache* cache : caches) {
-          if (!cache) throw py::type_error("caches must be Cache objects, not None");
-          c.push_back(cache->cache.get());
-        }
-        GEMMA_CHECK(!t.empty(), "no sequence given");
-        return forward_batch(p, t, c, false, false, top_k, cancel);
-      }, py::arg("tokens"), py::arg("caches"), py::kw_only(), py::arg("top_k") = py::none(), py::arg("cancel") = nullptr)
-      .def("score", [](PyModel& p, const py::object& tokens, PyCache& cache, const CancelFlag* cancel) {
-        const std::vector<std::vector<int32_t>> t{tokens_of(tokens)};
-        py::array_t<float> result(static_cast<py::ssize_t>(t[0].size() - 1));
-        Output out;
-        out.kind = Output::score;
-        out.values = result.mutable_data();
-        run(p, cancel, [&](const Poll& poll) { p.model->forward(t, {cache.cache.get()}, out, poll); });
-        return result;
-      }, py::arg("tokens"), py::arg("cache"), py::kw_only(), py::arg("cancel") = nullptr);
+      .def(
+          "new_cache",
+          [](const std::shared_ptr<PyModel>& p, const std::optional<int64_t>& capacity) {
+            const int64_t context = p->model->config().context_length;
+            const int64_t n = capacity.value_or(context);
+            GEMMA_CHECK(n >= 1 && n <= context, "capacity must be between 1 and the context length ", context, ", not ",
+                        n);
+            auto c = std::make_shared<PyCache>();
+            c->owner = p;
+            c->cache = p->model->new_cache(n);
+            return c;
+          },
+          py::arg("capacity") = py::none())
+      .def(
+          "forward",
+          [](PyModel& p, const py::object& tokens, PyCache& cache, bool all_logits, const std::optional<int64_t>& top_k,
+             const CancelFlag* cancel) {
+            return forward_batch(p, {tokens_of(tokens)}, {cache.cache.get()}, true, all_logits, top_k, cancel);
+          },
+          py::arg("tokens"), py::arg("cache"), py::arg("all_logits") = false, py::kw_only(),
+          py::arg("top_k") = py::none(), py::arg("cancel") = nullptr)
+      .def(
+          "forward_batch",
+          [](PyModel& p, const py::sequence& tokens, const std::vector<PyCache*>& caches,
+             const std::optional<int64_t>& top_k, const CancelFlag* cancel) {
+            std::vector<std::vector<int32_t>> t;
+            for (const py::handle& h : tokens) t.push_back(tokens_of(py::reinterpret_borrow<py::object>(h)));
+            std::vector<Cache*> c;
+            for (const PyCache* cache : caches) {
+              if (!cache) throw py::type_error("caches must be Cache objects, not None");
+              c.push_back(cache->cache.get());
+            }
+            GEMMA_CHECK(!t.empty(), "no sequence given");
+            return forward_batch(p, t, c, false, false, top_k, cancel);
+          },
+          py::arg("tokens"), py::arg("caches"), py::kw_only(), py::arg("top_k") = py::none(),
+          py::arg("cancel") = nullptr)
+      .def(
+          "score",
+          [](PyModel& p, const py::object& tokens, PyCache& cache, const CancelFlag* cancel) {
+            const std::vector<std::vector<int32_t>> t{tokens_of(tokens)};
+            py::array_t<float> result(static_cast<py::ssize_t>(t[0].size() - 1));
+            Output out;
+            out.kind = Output::score;
+            out.values = result.mutable_data();
+            run(p, cancel, [&](const Poll& poll) { p.model->forward(t, {cache.cache.get()}, out, poll); });
+            return result;
+          },
+          py::arg("tokens"), py::arg("cache"), py::kw_only(), py::arg("cancel") = nullptr);
 
   add_testing(m);
 }

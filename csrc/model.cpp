@@ -15,8 +15,9 @@ void Cache::truncate(int64_t n) {
   if (ring_ && n > 0) {
     // Position n sees keys from n - window + 1; slots hold the positions after high - ring.
     const int64_t oldest = std::max<int64_t>(0, high_ - ring_);
-    GEMMA_CHECK(oldest == 0 || n - window_ + 1 >= oldest, "truncate(", n, "): sliding-window layers hold positions from ",
-                oldest, " on, so this cache can go back to ", oldest + window_ - 1, " at most, or to 0");
+    GEMMA_CHECK(oldest == 0 || n - window_ + 1 >= oldest, "truncate(", n,
+                "): sliding-window layers hold positions from ", oldest, " on, so this cache can go back to ",
+                oldest + window_ - 1, " at most, or to 0");
   }
   length_ = n;
   if (n == 0) high_ = 0;
@@ -40,6 +41,10 @@ std::string shape_text(int64_t rows, int64_t cols, bool vector) {
   return s.str();
 }
 
+// Small models suffer most from rounded activations and spend least of their time in products: below this hidden size
+// activation blocks are 16 long instead of 32 (docs/MODEL.md has the measurements).
+constexpr int64_t kFineBelow = 2048;
+
 DType matrix_target(const HostTensor& t, DType wanted, bool embedding) {
   if (wanted == DType::F32) return encoding(t.type).quantized ? t.type : DType::BF16;
   if (wanted == DType::Q4_0 && embedding) return DType::Q8_0;
@@ -59,14 +64,15 @@ Model::Model(const Config& config, const std::map<std::string, HostTensor>& tens
     GEMMA_CHECK(it != tensors.end(), "tensor \"", name, "\" is missing; the config needs it with shape ",
                 shape_text(rows, cols, vector));
     const HostTensor& t = it->second;
-    GEMMA_CHECK(t.rows == rows && t.cols == cols, "tensor \"", name, "\" has shape ", shape_text(t.rows, t.cols, vector),
-                ", the config needs ", shape_text(rows, cols, vector));
+    GEMMA_CHECK(t.rows == rows && t.cols == cols, "tensor \"", name, "\" has shape ",
+                shape_text(t.rows, t.cols, vector), ", the config needs ", shape_text(rows, cols, vector));
     used.insert(name);
     return t;
   };
   auto matrix = [&](const std::string& name, int64_t rows, int64_t cols) {
     const HostTensor& t = find(name, rows, cols, false);
-    auto m = backend_->load_matrix(t, matrix_target(t, options.target, name == "model.embed_tokens.weight"), options.consumed);
+    const DType target = matrix_target(t, options.target, name == "model.embed_tokens.weight");
+    auto m = backend_->load_matrix(t, target, c.hidden_size < kFineBelow, options.consumed);
     listing_.push_back({name, m.get(), nullptr, 0});
     return m;
   };
@@ -83,7 +89,8 @@ Model::Model(const Config& config, const std::map<std::string, HostTensor>& tens
   for (int64_t i = 0; i < c.num_layers; ++i) {
     LayerWeights& w = layers_[i];
     const std::string p = "model.layers." + std::to_string(i) + ".";
-    const bool slides = i < static_cast<int64_t>(c.sliding_layers.size()) && c.sliding_layers[i] && c.sliding_window > 0;
+    const bool slides =
+        i < static_cast<int64_t>(c.sliding_layers.size()) && c.sliding_layers[i] && c.sliding_window > 0;
     w.index = i;
     w.window = slides ? c.sliding_window : 0;
     w.rope_base = slides ? c.rope_base_local : c.rope_base;
@@ -162,8 +169,8 @@ void Model::layers(const Rows& rows, const Poll& poll) {
   }
 }
 
-void Model::forward(const std::vector<std::vector<int32_t>>& tokens, const std::vector<Cache*>& caches, const Output& out,
-                    const Poll& poll) {
+void Model::forward(const std::vector<std::vector<int32_t>>& tokens, const std::vector<Cache*>& caches,
+                    const Output& out, const Poll& poll) {
   const Config& c = config_;
   const size_t batch = tokens.size();
   GEMMA_CHECK(batch > 0, "no sequence given");
@@ -177,7 +184,8 @@ void Model::forward(const std::vector<std::vector<int32_t>>& tokens, const std::
     GEMMA_CHECK(n <= cache.capacity_ - cache.length_, "the cache holds ", cache.length_, " of ", cache.capacity_,
                 " positions; ", n, " more tokens do not fit");
     for (int32_t t : tokens[i])
-      GEMMA_CHECK(t >= 0 && t < c.vocab_size, "token id ", t, " is outside the embedding's rows [0, ", c.vocab_size, ")");
+      GEMMA_CHECK(t >= 0 && t < c.vocab_size, "token id ", t, " is outside the embedding's rows [0, ", c.vocab_size,
+                  ")");
   }
 
   std::vector<int64_t> done(batch, 0);

@@ -31,15 +31,16 @@ class Cache {
   const void* owner_;
   std::unique_ptr<KvStore> store_;
   int64_t capacity_;
-  int64_t ring_;       // positions the sliding layers hold; 0: the model has none
+  int64_t ring_;  // positions the sliding layers hold; 0: the model has none
   int64_t window_;
   int64_t length_ = 0;
-  int64_t high_ = 0;   // positions written since the last one that overwrote them: slots hold (high - ring, high]
+  int64_t high_ = 0;  // positions written since the last one that overwrote them: slots hold (high - ring, high]
 };
 
 struct LoadOptions {
   bool kv_f32 = false;
-  DType target = DType::F32;  // F32: as stored; else BF16, Q8_0 or Q4_0 for every matrix (Q4_0 keeps the embedding at Q8_0)
+  DType target =
+      DType::F32;  // F32: as stored; else BF16, Q8_0 or Q4_0 for every matrix (Q4_0 keeps the embedding at Q8_0)
   Consumed consumed;
 };
 
@@ -70,9 +71,9 @@ class Model {
 
   struct Weight {
     std::string name;
-    const Matrix* matrix;    // one of the two is set
+    const Matrix* matrix;  // one of the two is set
     const Buffer* vector;
-    int64_t length;          // of the vector (norm_offset already added)
+    int64_t length;  // of the vector (norm_offset already added)
   };
   const std::vector<Weight>& weights() const { return listing_; }
 

@@ -48,10 +48,10 @@ static_assert(sizeof(BlockQ5_0) == 22 && sizeof(BlockQ5_1) == 24, "as in files")
 static_assert(sizeof(BlockQ4_K) == 144 && sizeof(BlockQ5_K) == 176 && sizeof(BlockQ6_K) == 210, "as in files");
 
 constexpr Encoding kEncodings[] = {
-    {"F32", 1, 4, 0, false},          {"F16", 1, 2, 0, false},         {"BF16", 1, 2, 0, false},
-    {"Q8_0", 32, 34, 1088, true},     {"Q4_0", 32, 18, 576, true},     {"Q4_1", 32, 20, 640, true},
-    {"Q5_0", 32, 22, 704, true},      {"Q5_1", 32, 24, 768, true},     {"Q4_K", 256, 144, 4608, true},
-    {"Q5_K", 256, 176, 5632, true},   {"Q6_K", 256, 210, 6720, true},
+    {"F32", 1, 4, 0, false},        {"F16", 1, 2, 0, false},        {"BF16", 1, 2, 0, false},
+    {"Q8_0", 32, 34, 1088, true},   {"Q4_0", 32, 18, 576, true},    {"Q4_1", 32, 20, 640, true},
+    {"Q5_0", 32, 22, 704, true},    {"Q5_1", 32, 24, 768, true},    {"Q4_K", 256, 144, 4608, true},
+    {"Q5_K", 256, 176, 5632, true}, {"Q6_K", 256, 210, 6720, true},
 };
 
 // Where a block of 32 along K has its parts, in a file's block and in a panel's unit. -1: it has none.
@@ -65,15 +65,24 @@ struct Layout {
 
 Layout layout(DType t) {
   switch (t) {
-    case DType::Q8_0: return {8, 128, 0, -1, 64, 0, false};
-    case DType::Q4_0: return {4, 8, 0, -1, 64, 0, false};
-    case DType::Q4_1: return {4, 0, 0, 2, 128, 0, false};
-    case DType::Q5_0: return {5, 16, 0, -1, 64, 0, false};
-    case DType::Q5_1: return {5, 0, 0, 2, 128, 0, false};
-    case DType::Q4_K: return {4, 0, 0, 2, 512, 512, true};
-    case DType::Q5_K: return {5, 0, 0, 2, 512, 640, true};
-    case DType::Q6_K: return {6, 32, offsetof(BlockQ6_K, d), -1, 128, 832, false};
-    default: fail("not a quantised type");
+    case DType::Q8_0:
+      return {8, 128, 0, -1, 64, 0, false};
+    case DType::Q4_0:
+      return {4, 8, 0, -1, 64, 0, false};
+    case DType::Q4_1:
+      return {4, 0, 0, 2, 128, 0, false};
+    case DType::Q5_0:
+      return {5, 16, 0, -1, 64, 0, false};
+    case DType::Q5_1:
+      return {5, 0, 0, 2, 128, 0, false};
+    case DType::Q4_K:
+      return {4, 0, 0, 2, 512, 512, true};
+    case DType::Q5_K:
+      return {5, 0, 0, 2, 512, 640, true};
+    case DType::Q6_K:
+      return {6, 32, offsetof(BlockQ6_K, d), -1, 128, 832, false};
+    default:
+      fail("not a quantised type");
   }
 }
 
@@ -130,7 +139,8 @@ void read_values(DType t, const uint8_t* p, int j, uint32_t* w) {
       const uint8_t* ql = p + 64 * (j / 4) + 32 * (j % 2);
       const uint8_t* qh = p + offsetof(BlockQ6_K, qh) + 32 * (j / 4);
       const int s = j % 4;
-      for (int i = 0; i < 8; ++i) w[i] = (load32(ql + 4 * i) >> 4 * (s / 2) & kLow) | (load32(qh + 4 * i) >> 2 * s & kPairs) << 4;
+      for (int i = 0; i < 8; ++i)
+        w[i] = (load32(ql + 4 * i) >> 4 * (s / 2) & kLow) | (load32(qh + 4 * i) >> 2 * s & kPairs) << 4;
       return;
     }
     default:
@@ -285,10 +295,12 @@ void untile_scales(DType t, const Layout& l, const uint8_t* unit, int r, uint8_t
     if (l.two_level) {
       const uint32_t hi = load32(unit + 128 + 4 * r) >> 4 * j;
       const uint8_t lo = unit[256 + 32 * j + r];
-      write_scale(p + 4, j, static_cast<int>((lo & 15) | (hi & 3) << 4), static_cast<int>(lo >> 4 | (hi >> 2 & 3) << 4));
+      write_scale(p + 4, j, static_cast<int>((lo & 15) | (hi & 3) << 4),
+                  static_cast<int>(lo >> 4 | (hi >> 2 & 3) << 4));
     }
     if (t == DType::Q6_K)
-      for (int h = 0; h < 2; ++h) p[offsetof(BlockQ6_K, scales) + 2 * j + h] = unit[64 + j * l.planes_stride + 32 * h + r];
+      for (int h = 0; h < 2; ++h)
+        p[offsetof(BlockQ6_K, scales) + 2 * j + h] = unit[64 + j * l.planes_stride + 32 * h + r];
   }
 }
 
@@ -379,7 +391,8 @@ void decode_tiled_row(DType type, const uint8_t* panel, int r, int64_t k, float*
   for (int64_t b = 0; b * kBlock < k; ++b) {
     const uint8_t* unit = panel + b / per * encoding(type).unit_bytes;
     const int j = static_cast<int>(b % per);
-    const float d = half_to_float(load16(unit + 2 * r)), m = l.file_m < 0 ? 0 : half_to_float(load16(unit + 64 + 2 * r));
+    const float d = half_to_float(load16(unit + 2 * r)),
+                m = l.file_m < 0 ? 0 : half_to_float(load16(unit + 64 + 2 * r));
     Scales s{d, d, m};
     if (l.two_level) {
       const uint32_t hi = load32(unit + 128 + 4 * r) >> 4 * j;
@@ -431,7 +444,8 @@ void tile_panel(DType type, const uint8_t* src, size_t row_stride, int rows, int
       if (type == DType::Q6_K) {
         if (rows < kPanel) std::memset(planes - 64, 0, 64);
         for (int r = 0; r < rows; ++r)
-          for (int h = 0; h < 2; ++h) planes[32 * h + r - 64] = p[r * row_stride + offsetof(BlockQ6_K, scales) + 2 * j + h];
+          for (int h = 0; h < 2; ++h)
+            planes[32 * h + r - 64] = p[r * row_stride + offsetof(BlockQ6_K, scales) + 2 * j + h];
       }
       for (int r = 0; r < rows; ++r) read_values(type, p + r * row_stride, j, w[r]);
       write_planes(l.bits, planes, w);
@@ -467,18 +481,21 @@ void encode_row(DType type, const float* x, int64_t k, uint8_t* row) {
     uint32_t w[8] = {};
     // Beyond these, no scale in half precision reaches the value.
     const float limit = 65504.0f * (type == DType::Q8_0 ? 127 : 8);
-    GEMMA_CHECK(std::fabs(top) <= limit, "a weight is ", top, ": ", encoding(type).name, " reaches ", limit, " at most");
+    GEMMA_CHECK(std::fabs(top) <= limit, "a weight is ", top, ": ", encoding(type).name, " reaches ", limit,
+                " at most");
     if (type == DType::Q8_0) {
       const float d = std::fabs(top) / 127;
       // A scale so small that its inverse overflows is 0 in half precision, and so are the values.
       const float inverse = d >= std::numeric_limits<float>::min() ? 1 / d : 0;
       store16(row, float_to_half(d));
-      for (int i = 0; i < kBlock; ++i) w[i / 4] |= static_cast<uint32_t>(static_cast<int>(std::lround(v[i] * inverse)) + 128) << 8 * (i % 4);
+      for (int i = 0; i < kBlock; ++i)
+        w[i / 4] |= static_cast<uint32_t>(static_cast<int>(std::lround(v[i] * inverse)) + 128) << 8 * (i % 4);
     } else {
       // The scale of least squared error among a few around the one that makes the farthest value -8.
       float best_d = 0, best_error = std::numeric_limits<float>::infinity();
       for (int s = -8; s <= 8; ++s) {
-        const float d = half_to_float(float_to_half(top / (-8 + 0.1f * static_cast<float>(s)))), inverse = d != 0 ? 1 / d : 0;
+        const float d = half_to_float(float_to_half(top / (-8 + 0.1f * static_cast<float>(s)))),
+                    inverse = d != 0 ? 1 / d : 0;
         float error = 0;
         for (float f : v) {
           const float e = f - d * static_cast<float>(nibble(f * inverse + 8.5f) - 8);

@@ -31,9 +31,9 @@ constexpr int kBlock = 32;  // K values that share one activation scale
 
 struct Encoding {
   const char* name;
-  int block;          // values a file block
-  int block_bytes;    // bytes a file block
-  int unit_bytes;     // bytes a unit of a panel: 32 rows x block values
+  int block;        // values a file block
+  int block_bytes;  // bytes a file block
+  int unit_bytes;   // bytes a unit of a panel: 32 rows x block values
   bool quantized;
 };
 
@@ -45,8 +45,8 @@ size_t panel_bytes(DType type, int64_t k);
 size_t tiled_bytes(DType type, int64_t rows, int64_t k);
 
 float half_to_float(uint16_t h);
-uint16_t float_to_half(float f);      // round to nearest even
-uint16_t float_to_bf16(float f);      // round to nearest even, NaN kept
+uint16_t float_to_half(float f);  // round to nearest even
+uint16_t float_to_bf16(float f);  // round to nearest even, NaN kept
 float bf16_to_float(uint16_t b);
 
 // One row of a file (F32, F16, BF16 or blocks) to float32.

@@ -35,8 +35,8 @@ template <class... Args>
 }
 
 // GEMMA_CHECK(cond, "text ", value, ...) throws InputError with the joined message.
-#define GEMMA_CHECK(cond, ...)            \
-  do {                                    \
+#define GEMMA_CHECK(cond, ...)               \
+  do {                                       \
     if (!(cond)) ::gemma::fail(__VA_ARGS__); \
   } while (0)
 

@@ -36,28 +36,27 @@ def dequantize(name: str, data: bytes, rows: int, k: int) -> np.ndarray:
     return gguf.quants.dequantize(np.frombuffer(data, np.uint8).reshape(rows, -1), kind).reshape(rows, k)
 
 
-def quantized_activations(x: np.ndarray) -> np.ndarray:
-    """What the kernels' int8 blocks of 32 make of x (a K that is no multiple of 32 is padded with zeros)."""
+def quantized_activations(x: np.ndarray, block: int) -> np.ndarray:
+    """What the kernels' int8 blocks of 32 (or 16) make of x."""
     m, k = x.shape
-    p = np.zeros((m, -(-k // 32) * 32), np.float32)
-    p[:, :k] = x
-    b = p.reshape(m, -1, 32)
+    b = x.reshape(m, -1, block)
     top = np.abs(b).max(-1, keepdims=True)
     inverse = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 0)
     q = np.rint(b * inverse).astype(np.float64)
-    return (q * (top * np.float32(1 / 127))).reshape(m, -1)[:, :k]
+    return (q * (top * np.float32(1 / 127))).reshape(m, k)
 
 
+@pytest.mark.parametrize("fine", [False, True])
 @pytest.mark.parametrize("m", [1, 2, 3, 5, 63, 64, 65, 130])
 @pytest.mark.parametrize("name", BLOCK)
-def test_quantized_product(name: str, m: int) -> None:
+def test_quantized_product(name: str, m: int, fine: bool) -> None:
     rng = np.random.default_rng([m, len(name), ord(name[1])])
     for rows, k in ((1, BLOCK[name]), (31, 256), (33, 768), (70, 512)):
         data = random_blocks(name, rows, k, rng)
         w = dequantize(name, data, rows, k).astype(np.float64)
         x = (rng.standard_normal((m, k)) * np.exp(rng.standard_normal((m, k)))).astype(np.float32)
-        y = T.product(name, data, rows, k, x, threads=2)
-        q = quantized_activations(x)
+        y = T.product(name, data, rows, k, x, threads=2, fine=fine)
+        q = quantized_activations(x, 16 if fine else 32)
         # Each of K/16 fused additions rounds once, relative to the partial sums, which |w| |q| bounds (offsets included).
         bound = (k // 16 + 8) * 2 * EPS * (np.abs(q) @ (np.abs(w) + np.abs(w).max()).T) + 1e-30
         assert y.shape == (m, rows)

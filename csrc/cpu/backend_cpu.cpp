@@ -37,8 +37,11 @@ class CpuBackend final : public Backend {
   const char* device() const override { return "cpu"; }
   int threads() const override { return pool_.size(); }
 
-  std::unique_ptr<Matrix> load_matrix(const HostTensor& source, DType target, const Consumed& consumed) override {
-    return load_cpu_matrix(pool_, source, target, consumed);
+  std::unique_ptr<Matrix> load_matrix(const HostTensor& source, DType target, bool fine,
+                                      const Consumed& consumed) override {
+    auto m = load_cpu_matrix(pool_, source, target, consumed);
+    m->fine = fine;
+    return m;
   }
 
   std::unique_ptr<Buffer> load_vector(const HostTensor& source, float offset) override {
@@ -74,7 +77,8 @@ class CpuBackend final : public Backend {
         const int64_t t = rows.tokens[i];
         float* out = x.data + i * d;
         if (encoding(table.type).quantized)
-          decode_tiled_row(table.type, cpu(table).data + t / kPanel * panel_bytes(table.type, d), static_cast<int>(t % kPanel), d, out);
+          decode_tiled_row(table.type, cpu(table).data + t / kPanel * panel_bytes(table.type, d),
+                           static_cast<int>(t % kPanel), d, out);
         else
           decode_row(table.type, cpu(table).data + t * row_bytes(table.type, d), d, out);
         for (int64_t j = 0; j < d; ++j) out[j] *= scale;
@@ -88,7 +92,9 @@ class CpuBackend final : public Backend {
     grow(v_, n * c.num_kv_heads * E);
     normed(c, *w.attn_norm, {w.q.get(), w.k.get(), w.v.get()}, n, x.data, c.hidden_size);
     matmul(kernels_, pool_, acts_,
-           {{&cpu(*w.q), q.data, c.num_heads * E}, {&cpu(*w.k), k_.data(), c.num_kv_heads * E}, {&cpu(*w.v), v_.data(), c.num_kv_heads * E}});
+           {{&cpu(*w.q), q.data, c.num_heads * E},
+            {&cpu(*w.k), k_.data(), c.num_kv_heads * E},
+            {&cpu(*w.v), v_.data(), c.num_kv_heads * E}});
     const RopeTable& rope = rope_table(w.rope_base, w.rope_scale, E);
     pool_.parallel_for(n, 8, [&](int64_t begin, int64_t end, int) {
       size_t s = 0;
@@ -159,7 +165,8 @@ class CpuBackend final : public Backend {
     }
   }
 
-  void project_add(const Config& c, const Matrix& w, const Buffer* post_norm, int64_t n, const Buffer& in, Buffer& x) override {
+  void project_add(const Config& c, const Matrix& w, const Buffer* post_norm, int64_t n, const Buffer& in,
+                   Buffer& x) override {
     const int64_t d = w.rows;
     grow(y_, n * d);
     acts_.prepare(kernels_, pool_, {&w}, n, w.cols, [&](int64_t i, float*) { return in.data + i * w.cols; });
@@ -178,8 +185,8 @@ class CpuBackend final : public Backend {
     matmul_geglu(kernels_, pool_, acts_, cpu(*w.gate), cpu(*w.up), h.data);
   }
 
-  void logits(const Config& c, const Buffer& norm, const Matrix& head, const Buffer& x, const std::vector<int64_t>& pick,
-              float* out) override {
+  void logits(const Config& c, const Buffer& norm, const Matrix& head, const Buffer& x,
+              const std::vector<int64_t>& pick, float* out) override {
     picked(c, norm, head, x, pick);
     matmul(kernels_, pool_, acts_, {{&cpu(head), out, c.vocab_size}});
     if (c.final_softcap > 0) {
@@ -193,8 +200,8 @@ class CpuBackend final : public Backend {
     }
   }
 
-  void logprobs(const Config& c, const Buffer& norm, const Matrix& head, const Buffer& x, const std::vector<int64_t>& pick,
-                const std::vector<int32_t>& target, float* out) override {
+  void logprobs(const Config& c, const Buffer& norm, const Matrix& head, const Buffer& x,
+                const std::vector<int64_t>& pick, const std::vector<int32_t>& target, float* out) override {
     // The vocabulary in slabs of fixed size, folded in order: an online log-sum-exp.
     const int64_t m = static_cast<int64_t>(pick.size()), slab = 8192;
     std::vector<float> y(m * slab), max(m), sum(m), chosen(m, 0.0f);
@@ -205,8 +212,10 @@ class CpuBackend final : public Backend {
       part.type = head.type;
       part.rows = std::min(slab, head.rows - first);
       part.cols = head.cols;
+      part.fine = cpu(head).fine;
       const bool tiled = encoding(head.type).quantized;
-      part.data = cpu(head).data + (tiled ? first / kPanel * panel_bytes(head.type, head.cols) : first * row_bytes(head.type, head.cols));
+      part.data = cpu(head).data + (tiled ? first / kPanel * panel_bytes(head.type, head.cols)
+                                          : first * row_bytes(head.type, head.cols));
       part.bytes = head.bytes / static_cast<size_t>(head.rows) * static_cast<size_t>(part.rows);
       matmul(kernels_, pool_, acts_, {{&part, y.data(), slab}});
       pool_.parallel_for(m, 4, [&](int64_t begin, int64_t end, int) {
@@ -230,7 +239,8 @@ class CpuBackend final : public Backend {
     grow(y_, m * c.vocab_size);
     logits(c, norm, head, x, pick, y_.data());
     pool_.parallel_for(m, 1, [&](int64_t begin, int64_t end, int) {
-      for (int64_t i = begin; i < end; ++i) best(y_.data() + i * c.vocab_size, c.vocab_size, k, ids + i * k, values + i * k);
+      for (int64_t i = begin; i < end; ++i)
+        best(y_.data() + i * c.vocab_size, c.vocab_size, k, ids + i * k, values + i * k);
     });
   }
 
@@ -264,18 +274,21 @@ class CpuBackend final : public Backend {
     if (static_cast<int64_t>(v.size()) < n) v.resize(n);
   }
 
-  void normed(const Config& c, const Buffer& norm, const std::vector<const Matrix*>& weights, int64_t n, const float* x, int64_t d) {
+  void normed(const Config& c, const Buffer& norm, const std::vector<const Matrix*>& weights, int64_t n, const float* x,
+              int64_t d) {
     acts_.prepare(kernels_, pool_, weights, n, d, [&, x, d](int64_t i, float* scratch) {
       kernels_.rms_norm(x + i * d, norm.data, d, c.rms_norm_eps, scratch);
       return scratch;
     });
   }
 
-  void picked(const Config& c, const Buffer& norm, const Matrix& head, const Buffer& x, const std::vector<int64_t>& pick) {
-    acts_.prepare(kernels_, pool_, {&head}, static_cast<int64_t>(pick.size()), c.hidden_size, [&](int64_t i, float* scratch) {
-      kernels_.rms_norm(x.data + pick[i] * c.hidden_size, norm.data, c.hidden_size, c.rms_norm_eps, scratch);
-      return scratch;
-    });
+  void picked(const Config& c, const Buffer& norm, const Matrix& head, const Buffer& x,
+              const std::vector<int64_t>& pick) {
+    acts_.prepare(
+        kernels_, pool_, {&head}, static_cast<int64_t>(pick.size()), c.hidden_size, [&](int64_t i, float* scratch) {
+          kernels_.rms_norm(x.data + pick[i] * c.hidden_size, norm.data, c.hidden_size, c.rms_norm_eps, scratch);
+          return scratch;
+        });
   }
 
   // Angles in float32 as transformers has them: position * base^(-2i/E) / scale.
@@ -287,7 +300,9 @@ class CpuBackend final : public Backend {
     RopeTable& t = ropes_.back();
     std::vector<float> frequency(half);
     for (int64_t i = 0; i < half; ++i)
-      frequency[i] = static_cast<float>(std::pow(static_cast<double>(base), -2.0 * static_cast<double>(i) / static_cast<double>(E))) / scale;
+      frequency[i] = static_cast<float>(
+                         std::pow(static_cast<double>(base), -2.0 * static_cast<double>(i) / static_cast<double>(E))) /
+                     scale;
     pool_.parallel_for(n, 8, [&](int64_t begin, int64_t end, int) {
       for (int64_t r = begin; r < end; ++r)
         for (int64_t i = 0; i < half; ++i) {
@@ -299,8 +314,8 @@ class CpuBackend final : public Backend {
     return t;
   }
 
-  void rotate_and_store(const Config& c, const LayerWeights& w, const Span& s, int64_t r, const RopeTable& rope, int64_t half,
-                        float* q) {
+  void rotate_and_store(const Config& c, const LayerWeights& w, const Span& s, int64_t r, const RopeTable& rope,
+                        int64_t half, float* q) {
     const int64_t E = c.head_dim;
     const float *cos = &rope.cos[r * half], *sin = &rope.sin[r * half];
     for (int64_t h = 0; h < c.num_heads; ++h) {
@@ -325,7 +340,8 @@ class CpuBackend final : public Backend {
     }
   }
 
-  Part attend_block(const Config& c, const LayerWeights& w, const Tile& t, const float* q, int64_t e, int64_t b, float* out) {
+  Part attend_block(const Config& c, const LayerWeights& w, const Tile& t, const float* q, int64_t e, int64_t b,
+                    float* out) {
     const auto& kv = static_cast<const CpuKv&>(*t.span->kv);
     const int64_t per_group = c.num_heads / c.num_kv_heads;
     Part part;
@@ -337,8 +353,8 @@ class CpuBackend final : public Backend {
       hi[r] = static_cast<int>(std::clamp<int64_t>(position + 1 - b * kKeyBlock, 0, kKeyBlock));
       part.seen[r] = lo[r] < hi[r];
     }
-    kernels_.attend(kv.f32(), q, t.rows, e, kv.keys(w.index, t.group, b), kv.values(w.index, t.group, b), lo, hi, c.attn_softcap,
-                    part.max, part.sum, out);
+    kernels_.attend(kv.f32(), q, t.rows, e, kv.keys(w.index, t.group, b), kv.values(w.index, t.group, b), lo, hi,
+                    c.attn_softcap, part.max, part.sum, out);
     return part;
   }
 
@@ -352,7 +368,9 @@ class CpuBackend final : public Backend {
 
   static void best(const float* x, int64_t n, int64_t k, int32_t* ids, float* values) {
     using Entry = std::pair<float, int32_t>;
-    auto better = [](const Entry& a, const Entry& b) { return a.first > b.first || (a.first == b.first && a.second < b.second); };
+    auto better = [](const Entry& a, const Entry& b) {
+      return a.first > b.first || (a.first == b.first && a.second < b.second);
+    };
     std::vector<Entry> heap;  // the worst of the k best on top
     heap.reserve(k);
     constexpr int64_t kBunch = 64;

@@ -56,7 +56,8 @@ Cpu detect() {
   cpu.avx2 = bit(one[2], 12) && bit(one[2], 29) && bit(seven[1], 5);  // FMA, F16C, AVX2
   cpu.avx_vnni = cpu.avx2 && bit(seven1[0], 4);
   const bool f_dq_bw_vl = bit(seven[1], 16) && bit(seven[1], 17) && bit(seven[1], 30) && bit(seven[1], 31);
-  cpu.avx512 = cpu.avx2 && (state & 0xe6) == 0xe6 && f_dq_bw_vl && bit(seven[2], 11) && bit(seven1[0], 5);  // VNNI, BF16
+  cpu.avx512 =
+      cpu.avx2 && (state & 0xe6) == 0xe6 && f_dq_bw_vl && bit(seven[2], 11) && bit(seven1[0], 5);  // VNNI, BF16
   return cpu;
 }
 #else
@@ -70,7 +71,8 @@ const Cpu& cpu() {
 
 Isa choose() {
   const char* asked = std::getenv("GEMMA_NATIVE_ISA");
-  if (!asked || !*asked) return isa_supported(Isa::avx512) ? Isa::avx512 : isa_supported(Isa::avx2) ? Isa::avx2 : Isa::scalar;
+  if (!asked || !*asked)
+    return isa_supported(Isa::avx512) ? Isa::avx512 : isa_supported(Isa::avx2) ? Isa::avx2 : Isa::scalar;
   std::string supported;
   for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512}) {
     if (!isa_supported(isa)) continue;
@@ -78,8 +80,9 @@ Isa choose() {
     supported += std::string(supported.empty() ? "" : ", ") + isa_name(isa);
   }
   const std::string name(asked);
-  fail("GEMMA_NATIVE_ISA=", name, name == "avx2" || name == "avx512" ? " is not supported by this CPU" : " is not a level",
-       "; here it can be ", supported);
+  fail("GEMMA_NATIVE_ISA=", name,
+       name == "avx2" || name == "avx512" ? " is not supported by this CPU" : " is not a level", "; here it can be ",
+       supported);
 }
 
 }  // namespace

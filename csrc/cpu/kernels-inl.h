@@ -70,7 +70,8 @@ void rms_norm(const float* x, const float* w, int64_t n, float eps, float* out) 
     s = V::fma(a, a, s);
   }
   const F scale = V::set(1.0f / V::root(V::sum(V::add(s, t)) / static_cast<float>(n) + eps));
-  for (i = 0; i < n; i += W) V::store_n(out + i, V::mul(V::mul(V::load_n(x + i, n - i), scale), V::load_n(w + i, n - i)), n - i);
+  for (i = 0; i < n; i += W)
+    V::store_n(out + i, V::mul(V::mul(V::load_n(x + i, n - i), scale), V::load_n(w + i, n - i)), n - i);
 }
 
 void geglu(const float* gate, const float* up, int64_t n, float* out) {
@@ -105,38 +106,45 @@ void log_sum(const float* x, int64_t n, float* max, float* sum) {
   for (; i < n; ++i) m = V::max(m, V::set(x[i]));
   const float top = V::max_of(m);
   F s = V::zero();
-  for (i = 0; i < n; i += W) s = V::add(s, V::between(exp(V::sub(V::load_n(x + i, n - i), V::set(top))), V::zero(), 0, n - i < W ? static_cast<int>(n - i) : W));
+  for (i = 0; i < n; i += W)
+    s = V::add(s, V::between(exp(V::sub(V::load_n(x + i, n - i), V::set(top))), V::zero(), 0,
+                             n - i < W ? static_cast<int>(n - i) : W));
   *max = top;
   *sum = V::sum(s);
 }
 
 // ---- activations -------------------------------------------------------------------------------------------------------
 
-void quantize(const float* x, int64_t k, int8_t* q, ActScale* scale, int row, int rows) {
+void quantize(const float* x, int64_t k, bool fine, int8_t* q, ActScale* scale, int row, int rows) {
+  constexpr int kHalf = kGroups / 2;  // vectors a half
   for (int64_t b = 0; b * kBlock < k; ++b) {
     F v[kGroups];
-    F top = V::zero(), bad = V::zero();
+    F top[2] = {V::zero(), V::zero()}, bad = V::zero();
     for (int g = 0; g < kGroups; ++g) {
       const int64_t at = b * kBlock + g * W;
       v[g] = at < k ? V::load_n(x + at, k - at) : V::zero();
-      top = V::max(top, V::abs(v[g]));
+      top[g / kHalf] = V::max(top[g / kHalf], V::abs(v[g]));
       bad = V::fma(v[g], V::zero(), bad);  // NaN where a value is not finite
     }
-    const float amax = V::max_of(top);
-    const float inverse = amax > 0 ? 127.0f / amax : 0.0f;
+    const float nan = V::sum(bad);
+    float amax[2] = {V::max_of(top[0]), V::max_of(top[1])};
+    if (!fine) amax[0] = amax[1] = amax[0] > amax[1] ? amax[0] : amax[1];
     int8_t* out = q + (b * rows + row) * kBlock;
-    I sum = V::set_i(0), sum0 = V::set_i(0);
-    for (int g = 0; g < kGroups; ++g) {
-      I r = V::round(V::mul(v[g], V::set(inverse)));
-      V::store_i8(out + g * W, r);
-      sum = V::add_i(sum, r);
-      if (g == kGroups / 2 - 1) sum0 = sum;
-    }
     ActScale& s = scale[b * rows + row];
-    s.d = amax * (1.0f / 127.0f) + V::sum(bad);
-    s.sum = V::sum_i(sum);
-    s.sum0 = V::sum_i(sum0);
-    s.dsum = s.d * static_cast<float>(s.sum);
+    I sum[2] = {V::set_i(0), V::set_i(0)};
+    for (int g = 0; g < kGroups; ++g) {
+      // Too small to divide by: zeros. Not finite: zeros as well, and NaN for a scale.
+      const float a = amax[g / kHalf];
+      const I r = a > 1e-30f && nan == 0 ? V::round(V::mul(v[g], V::set(127.0f / a))) : V::set_i(0);
+      V::store_i8(out + g * W, r);
+      sum[g / kHalf] = V::add_i(sum[g / kHalf], r);
+    }
+    const int32_t sum0 = V::sum_i(sum[0]), sum1 = V::sum_i(sum[1]);
+    s.d[0] = amax[0] * (1.0f / 127.0f) + nan;
+    s.d[1] = amax[1] * (1.0f / 127.0f) + nan;
+    s.dsum = s.d[0] * static_cast<float>(sum0) + s.d[1] * static_cast<float>(sum1);
+    s.sum = sum0 + sum1;
+    s.sum0 = sum0;
   }
 }
 
@@ -255,55 +263,57 @@ struct SixBit {  // Q6_K
   }
 };
 
-// acc += scale * (w . q) * d + min * d * sum(q): one block, one activation row. The order is the specification: the integer dot
-// product, one fma for each scale, one for the offset.
-template <class Q>
+// acc += scale * (w . q) * d + min * d * sum(q): one block, one activation row. The order is the specification: for each scale
+// the integer dot product and one fma, then one for the offset.
+template <class Q, bool FINE>
 inline F block_dot(const Block& b, const int8_t* q, const ActScale& s, F acc) {
-  const F d = V::set(s.d);
-  if (Q::kSubs == 1) {
-    acc = V::fma(V::to_float(V::template dot<Q::kBits, Q::kOffset, 8>(b.w, q, s.sum)), V::mul(b.scale[0], d), acc);
+  if (Q::kSubs == 1 && !FINE) {
+    acc = V::fma(V::to_float(V::template dot<Q::kBits, Q::kOffset, 8>(b.w, q, s.sum)),
+                 V::mul(b.scale[0], V::set(s.d[0])), acc);
   } else {
-    acc = V::fma(V::to_float(V::template dot<Q::kBits, Q::kOffset, 4>(b.w, q, s.sum0)), V::mul(b.scale[0], d), acc);
-    acc = V::fma(V::to_float(V::template dot<Q::kBits, Q::kOffset, 4>(b.w + 4, q + 16, s.sum - s.sum0)), V::mul(b.scale[1], d),
-                 acc);
+    const F second = b.scale[Q::kSubs - 1];
+    acc = V::fma(V::to_float(V::template dot<Q::kBits, Q::kOffset, 4>(b.w, q, s.sum0)),
+                 V::mul(b.scale[0], V::set(s.d[0])), acc);
+    acc = V::fma(V::to_float(V::template dot<Q::kBits, Q::kOffset, 4>(b.w + 4, q + 16, s.sum - s.sum0)),
+                 V::mul(second, V::set(s.d[1])), acc);
   }
   if (Q::kMin) acc = V::fma(b.min, V::set(s.dsum), acc);
   return acc;
 }
 
 // One activation row: sums stay in registers and the panel is read once, in order.
-template <class Q, int G>
+template <class Q, bool FINE, int G>
 struct OneRow {
   static void step(const uint8_t* unit, int j, const int8_t* q, const ActScale& s, F* acc) {
-    OneRow<Q, G - 1>::step(unit, j, q, s, acc);
+    OneRow<Q, FINE, G - 1>::step(unit, j, q, s, acc);
     Block b;
     Q::template decode<G - 1>(unit, j, b);
-    acc[G - 1] = block_dot<Q>(b, q, s, acc[G - 1]);
+    acc[G - 1] = block_dot<Q, FINE>(b, q, s, acc[G - 1]);
   }
 };
-template <class Q>
-struct OneRow<Q, 0> {
+template <class Q, bool FINE>
+struct OneRow<Q, FINE, 0> {
   static void step(const uint8_t*, int, const int8_t*, const ActScale&, F*) {}
 };
 
-template <class Q>
+template <class Q, bool FINE>
 void panel_one(const uint8_t* panel, int64_t blocks, const QuantActs& a, float* tile) {
   F acc[kGroups];
   for (F& x : acc) x = V::zero();
   const int8_t* q = a.q;
   const ActScale* s = a.scale;
   for (int64_t u = 0; u < blocks / Q::kUnitBlocks; ++u, panel += Q::kUnit)
-    for (int j = 0; j < Q::kUnitBlocks; ++j, q += kBlock, ++s) OneRow<Q, kGroups>::step(panel, j, q, *s, acc);
+    for (int j = 0; j < Q::kUnitBlocks; ++j, q += kBlock, ++s) OneRow<Q, FINE, kGroups>::step(panel, j, q, *s, acc);
   for (int g = 0; g < kGroups; ++g) V::store(tile + g * W, acc[g]);
 }
 
 // Several rows: a block of weights stays in registers while all activation rows stream past it; sums lie in the L1 tile.
 constexpr int kHeld = W == 16 ? 2 : 1;  // groups held at once: 16 of 32 registers, or 8 of 16
 
-template <class Q, int G>
+template <class Q, bool FINE, int G>
 struct ManyRows {
   static void step(const uint8_t* unit, int j, const int8_t* q, const ActScale* s, int rows, float* tile) {
-    ManyRows<Q, G - kHeld>::step(unit, j, q, s, rows, tile);
+    ManyRows<Q, FINE, G - kHeld>::step(unit, j, q, s, rows, tile);
     Block b0, b1;
     Q::template decode<G - kHeld>(unit, j, b0);
     if (kHeld == 2) Q::template decode<G - 1>(unit, j, b1);
@@ -311,15 +321,15 @@ struct ManyRows {
       float* t = tile + i * kPanel + (G - kHeld) * W;
       F x = V::load(t);
       F y = kHeld == 2 ? V::load(t + W) : x;
-      x = block_dot<Q>(b0, q + i * kBlock, s[i], x);
-      if (kHeld == 2) y = block_dot<Q>(b1, q + i * kBlock, s[i], y);
+      x = block_dot<Q, FINE>(b0, q + i * kBlock, s[i], x);
+      if (kHeld == 2) y = block_dot<Q, FINE>(b1, q + i * kBlock, s[i], y);
       V::store(t, x);
       if (kHeld == 2) V::store(t + W, y);
     }
   }
 };
-template <class Q>
-struct ManyRows<Q, 0> {
+template <class Q, bool FINE>
+struct ManyRows<Q, FINE, 0> {
   static void step(const uint8_t*, int, const int8_t*, const ActScale*, int, float*) {}
 };
 
@@ -329,7 +339,7 @@ struct ManyRows<Q, 0> {
 #define GEMMA_PREFETCH(p) (void)(p)
 #endif
 
-template <class Q>
+template <class Q, bool FINE>
 void panel_many(const uint8_t* panel, int64_t blocks, const QuantActs& a, float* tile) {
   for (int i = 0; i < a.rows * kPanel; i += W) V::store(tile + i, V::zero());
   const int8_t* q = a.q;
@@ -340,29 +350,38 @@ void panel_many(const uint8_t* panel, int64_t blocks, const QuantActs& a, float*
       // With few rows the kernel would wait for memory: 16 blocks ahead keeps the reads in flight.
       const uint8_t* ahead = panel + (j + 16) * kBlockBytes;
       for (int p = 0; p < kBlockBytes; p += 64) GEMMA_PREFETCH(ahead + p);
-      ManyRows<Q, kGroups>::step(panel, j, q, s, a.rows, tile);
+      ManyRows<Q, FINE, kGroups>::step(panel, j, q, s, a.rows, tile);
     }
 }
 
 template <class Q>
 inline void panel_of(const uint8_t* panel, int64_t blocks, const QuantActs& a, float* tile) {
   if (a.rows == 1)
-    panel_one<Q>(panel, blocks, a, tile);
+    a.fine ? panel_one<Q, true>(panel, blocks, a, tile) : panel_one<Q, false>(panel, blocks, a, tile);
   else
-    panel_many<Q>(panel, blocks, a, tile);
+    a.fine ? panel_many<Q, true>(panel, blocks, a, tile) : panel_many<Q, false>(panel, blocks, a, tile);
 }
 
 void panel(DType type, const uint8_t* data, int64_t blocks, const QuantActs& a, float* tile) {
   switch (type) {
-    case DType::Q8_0: return panel_of<Simple<8, false>>(data, blocks, a, tile);
-    case DType::Q4_0: return panel_of<Simple<4, false>>(data, blocks, a, tile);
-    case DType::Q4_1: return panel_of<Simple<4, true>>(data, blocks, a, tile);
-    case DType::Q5_0: return panel_of<Simple<5, false>>(data, blocks, a, tile);
-    case DType::Q5_1: return panel_of<Simple<5, true>>(data, blocks, a, tile);
-    case DType::Q4_K: return panel_of<TwoLevel<4>>(data, blocks, a, tile);
-    case DType::Q5_K: return panel_of<TwoLevel<5>>(data, blocks, a, tile);
-    case DType::Q6_K: return panel_of<SixBit>(data, blocks, a, tile);
-    default: return;
+    case DType::Q8_0:
+      return panel_of<Simple<8, false>>(data, blocks, a, tile);
+    case DType::Q4_0:
+      return panel_of<Simple<4, false>>(data, blocks, a, tile);
+    case DType::Q4_1:
+      return panel_of<Simple<4, true>>(data, blocks, a, tile);
+    case DType::Q5_0:
+      return panel_of<Simple<5, false>>(data, blocks, a, tile);
+    case DType::Q5_1:
+      return panel_of<Simple<5, true>>(data, blocks, a, tile);
+    case DType::Q4_K:
+      return panel_of<TwoLevel<4>>(data, blocks, a, tile);
+    case DType::Q5_K:
+      return panel_of<TwoLevel<5>>(data, blocks, a, tile);
+    case DType::Q6_K:
+      return panel_of<SixBit>(data, blocks, a, tile);
+    default:
+      return;
   }
 }
 
@@ -373,8 +392,8 @@ constexpr int64_t kDepth = 4096;  // K values a pass: the pass's weights and act
 constexpr int kActBlock = V::kBf16TileX * 8;
 
 template <int R, int M>
-inline void bf16_tile(const uint16_t* const* w, const uint8_t* const* x, int64_t from, int64_t to, const uint16_t (*tail)[32],
-                      int64_t k, V::Sum (*sum)[V::kBf16TileX]) {
+inline void bf16_tile(const uint16_t* const* w, const uint8_t* const* x, int64_t from, int64_t to,
+                      const uint16_t (*tail)[32], int64_t k, V::Sum (*sum)[V::kBf16TileX]) {
   V::Sum s[R][M];
   for (int r = 0; r < R; ++r)
     for (int m = 0; m < M; ++m) s[r][m] = sum[r][m];
@@ -424,12 +443,24 @@ void bf16(const uint16_t* w, int64_t ldw, int rows, int64_t k, const void* acts,
             for (int i = 0; i < rn; ++i)
               for (int j = 0; j < tm; ++j) s[i][j] = V::sum_zero();
           switch (tm) {
-            case 1: bf16_tile_rows<1>(rn, wr, xr, from, from + kDepth, tail, k, s); break;
-            case 2: bf16_tile_rows<(M < 2 ? M : 2)>(rn, wr, xr, from, from + kDepth, tail, k, s); break;
-            case 3: bf16_tile_rows<(M < 3 ? M : 3)>(rn, wr, xr, from, from + kDepth, tail, k, s); break;
-            case 4: bf16_tile_rows<(M < 4 ? M : 4)>(rn, wr, xr, from, from + kDepth, tail, k, s); break;
-            case 5: bf16_tile_rows<(M < 5 ? M : 5)>(rn, wr, xr, from, from + kDepth, tail, k, s); break;
-            default: bf16_tile_rows<M>(rn, wr, xr, from, from + kDepth, tail, k, s); break;
+            case 1:
+              bf16_tile_rows<1>(rn, wr, xr, from, from + kDepth, tail, k, s);
+              break;
+            case 2:
+              bf16_tile_rows<(M < 2 ? M : 2)>(rn, wr, xr, from, from + kDepth, tail, k, s);
+              break;
+            case 3:
+              bf16_tile_rows<(M < 3 ? M : 3)>(rn, wr, xr, from, from + kDepth, tail, k, s);
+              break;
+            case 4:
+              bf16_tile_rows<(M < 4 ? M : 4)>(rn, wr, xr, from, from + kDepth, tail, k, s);
+              break;
+            case 5:
+              bf16_tile_rows<(M < 5 ? M : 5)>(rn, wr, xr, from, from + kDepth, tail, k, s);
+              break;
+            default:
+              bf16_tile_rows<M>(rn, wr, xr, from, from + kDepth, tail, k, s);
+              break;
           }
         }
       }
@@ -466,8 +497,8 @@ inline void load_values(const void* v, int64_t at, int i, F& a, F& b) {
 }
 
 template <bool F32, int R>
-void attend_rows(const float* q, int64_t e, const void* k, const void* v, const int* lo, const int* hi, float c, float* max,
-                 float* sum, float* out) {
+void attend_rows(const float* q, int64_t e, const void* k, const void* v, const int* lo, const int* hi, float c,
+                 float* max, float* sum, float* out) {
   alignas(64) float p[R][kKeys];
   int first = kKeys, last = 0;  // keys that some row sees
   for (int r = 0; r < R; ++r)
@@ -539,8 +570,8 @@ void attend_rows(const float* q, int64_t e, const void* k, const void* v, const 
 constexpr int kRowTile = W == 16 ? 8 : 4;  // query rows whose sums fit the registers
 
 template <bool F32>
-void attend_any(const float* q, int rows, int64_t e, const void* k, const void* v, const int* lo, const int* hi, float c,
-                float* max, float* sum, float* out) {
+void attend_any(const float* q, int rows, int64_t e, const void* k, const void* v, const int* lo, const int* hi,
+                float c, float* max, float* sum, float* out) {
   for (int r = 0; r < rows;) {
     const int n = rows - r;
     const float* qr = q + r * e;
@@ -561,8 +592,8 @@ void attend_any(const float* q, int rows, int64_t e, const void* k, const void* 
   }
 }
 
-void attend(bool f32, const float* q, int rows, int64_t e, const void* k, const void* v, const int* lo, const int* hi, float c,
-            float* max, float* sum, float* out) {
+void attend(bool f32, const float* q, int rows, int64_t e, const void* k, const void* v, const int* lo, const int* hi,
+            float c, float* max, float* sum, float* out) {
   if (f32)
     attend_any<true>(q, rows, e, k, v, lo, hi, c, max, sum, out);
   else
@@ -609,7 +640,8 @@ inline double chains(int64_t rounds, Acc zero, Step step) {
 }
 
 double peak_int8(int64_t rounds) {
-  const B w = V::load_b(reinterpret_cast<const uint8_t*>("0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"));
+  const B w =
+      V::load_b(reinterpret_cast<const uint8_t*>("0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"));
   return chains(rounds, V::set_i(0), [&](I& a) { a = V::dot_step(a, w); }) * 8 * W;
 }
 

@@ -10,12 +10,12 @@
 
 namespace gemma {
 
-// Activations for quantised weights: int8 in blocks of 32 along K, each with its scale.
+// Activations for quantised weights: int8 in blocks of 32 along K, each with a scale for either half ("fine"), or one for both.
 struct ActScale {
-  float d;       // value = d * q
-  float dsum;    // d * (sum of the block's q), for encodings with an offset
+  float d[2];    // value = d[half] * q; equal when not fine
+  float dsum;    // sum of the block's values, for encodings with an offset
   int32_t sum;   // sum of the block's q: undoes the unsigned shift of the weights
-  int32_t sum0;  // the same over the first 16, for encodings with a scale every 16
+  int32_t sum0;  // the same over the first half
 };
 
 // One chunk of up to kActChunk rows, interleaved so that a block of weights meets all rows in one sequential read.
@@ -24,6 +24,7 @@ struct QuantActs {
   const int8_t* q;        // [blocks][rows][32]
   const ActScale* scale;  // [blocks][rows]
   int rows;
+  bool fine;
 };
 
 constexpr int kQueryRows = 8;  // query rows that attend_block takes at most
@@ -35,7 +36,7 @@ struct Kernels {
   // out[k] = x / rms(x) * w, sum of squares in float32. out may be x.
   void (*rms_norm)(const float* x, const float* w, int64_t n, float eps, float* out);
   // One row of k floats (the last block padded with zeros) into slot `row` of a chunk of `rows` rows.
-  void (*quantize)(const float* x, int64_t k, int8_t* q, ActScale* scale, int row, int rows);
+  void (*quantize)(const float* x, int64_t k, bool fine, int8_t* q, ActScale* scale, int row, int rows);
   // One row of k floats to what `bf16` reads: bf16_row_bytes(k) bytes, padded with zeros.
   void (*pack)(const float* x, int64_t k, void* out);
   int64_t (*pack_bytes)(int64_t k);
@@ -56,8 +57,8 @@ struct Kernels {
   // One block of up to 64 keys against `rows` query rows (row i at q + i * e; e a multiple of 32, padded with zeros).
   // Row i sees keys [lo[i], hi[i]) of the block; where that is empty its outputs are left alone. Layouts: see CpuKv.
   // max[i], sum[i], out[i * e ...]: softmax numerators of this block from its own maximum.
-  void (*attend)(bool kv_f32, const float* q, int rows, int64_t e, const void* k, const void* v, const int* lo, const int* hi,
-                 float softcap, float* max, float* sum, float* out);
+  void (*attend)(bool kv_f32, const float* q, int rows, int64_t e, const void* k, const void* v, const int* lo,
+                 const int* hi, float softcap, float* max, float* sum, float* out);
   // (max, sum, acc) of a row := itself joined with one more block. Start from max = -inf, sum = 0, acc = 0.
   void (*fold)(float* max, float* sum, float* acc, float block_max, float block_sum, const float* block, int64_t e);
   // out[i] = acc[i] / sum
@@ -76,7 +77,8 @@ constexpr int kBf16Rows = 32;
 extern const Kernels kScalarKernels;
 #if defined(GEMMA_NATIVE_X86)
 extern const Kernels kAvx2Kernels;
-extern const Kernels kAvxVnniKernels;  // the avx2 level where vpdpbusd exists for 256 bits: the same bits, since integer sums are exact
+extern const Kernels
+    kAvxVnniKernels;  // the avx2 level where vpdpbusd exists for 256 bits: the same bits, since integer sums are exact
 extern const Kernels kAvx512Kernels;
 #endif
 

@@ -20,7 +20,11 @@ namespace gemma {
 class CpuKv final : public KvStore {
  public:
   CpuKv(const Config& c, const KvShape& shape)
-      : f32_(shape.f32), heads_(c.num_kv_heads), dim_(c.head_dim), e_((c.head_dim + 31) / 32 * 32), ring_(shape.ring),
+      : f32_(shape.f32),
+        heads_(c.num_kv_heads),
+        dim_(c.head_dim),
+        e_((c.head_dim + 31) / 32 * 32),
+        ring_(shape.ring),
         pages_(shape.ring.size()) {}
 
   bool f32() const { return f32_; }
@@ -50,10 +54,17 @@ class CpuKv final : public KvStore {
     return copy;
   }
   CpuKv(const CpuKv& other, int)
-      : f32_(other.f32_), heads_(other.heads_), dim_(other.dim_), e_(other.e_), ring_(other.ring_), pages_(other.pages_.size()) {}
+      : f32_(other.f32_),
+        heads_(other.heads_),
+        dim_(other.dim_),
+        e_(other.e_),
+        ring_(other.ring_),
+        pages_(other.pages_.size()) {}
 
   // The keys of absolute block b (positions 64 b ...) for one head.
-  const void* keys(int64_t layer, int64_t head, int64_t block) const { return page(layer, block) + head * 2 * plane_bytes(); }
+  const void* keys(int64_t layer, int64_t head, int64_t block) const {
+    return page(layer, block) + head * 2 * plane_bytes();
+  }
   const void* values(int64_t layer, int64_t head, int64_t block) const {
     return page(layer, block) + (head * 2 + 1) * plane_bytes();
   }

@@ -53,7 +53,8 @@ void convert_row(const HostTensor& s, int64_t r, DType target, float* values, ui
 
 }  // namespace
 
-std::unique_ptr<CpuMatrix> load_cpu_matrix(ThreadPool& pool, const HostTensor& s, DType target, const Consumed& consumed) {
+std::unique_ptr<CpuMatrix> load_cpu_matrix(ThreadPool& pool, const HostTensor& s, DType target,
+                                           const Consumed& consumed) {
   auto m = std::make_unique<CpuMatrix>();
   m->type = target;
   m->rows = s.rows;
@@ -70,8 +71,8 @@ std::unique_ptr<CpuMatrix> load_cpu_matrix(ThreadPool& pool, const HostTensor& s
     }
   }
   if (encoding(s.type).quantized)
-    GEMMA_CHECK(s.cols % encoding(s.type).block == 0, "tensor \"", s.name, "\" has rows of ", s.cols, " values, not a multiple of ",
-                encoding(s.type).name, "'s block of ", encoding(s.type).block);
+    GEMMA_CHECK(s.cols % encoding(s.type).block == 0, "tensor \"", s.name, "\" has rows of ", s.cols,
+                " values, not a multiple of ", encoding(s.type).name, "'s block of ", encoding(s.type).block);
 
   m->owned = {allocate(m->bytes), release};
   uint8_t* out = m->owned.get();
@@ -109,12 +110,13 @@ std::unique_ptr<CpuMatrix> load_cpu_matrix(ThreadPool& pool, const HostTensor& s
   return m;
 }
 
-void Activations::prepare(const Kernels& kernels, ThreadPool& pool, const std::vector<const Matrix*>& weights, int64_t rows,
-                          int64_t k, const Row& get) {
+void Activations::prepare(const Kernels& kernels, ThreadPool& pool, const std::vector<const Matrix*>& weights,
+                          int64_t rows, int64_t k, const Row& get) {
   n = rows;
   blocks_ = (k + kBlock - 1) / kBlock;
   bool quant = false, bf16 = false;
   for (const Matrix* w : weights) (encoding(w->type).quantized ? quant : bf16) = true;
+  fine_ = static_cast<const CpuMatrix*>(weights[0])->fine;  // the same throughout a model
   const int64_t packed_row = kernels.pack_bytes(k);
   auto grow = [](auto& v, size_t size) {
     if (v.size() < size) v.resize(size);
@@ -132,7 +134,8 @@ void Activations::prepare(const Kernels& kernels, ThreadPool& pool, const std::v
       const float* x = get(i, scratch_[thread].data());
       if (quant) {
         const QuantActs c = chunk(i / kActChunk * kActChunk);
-        kernels.quantize(x, k, const_cast<int8_t*>(c.q), const_cast<ActScale*>(c.scale), static_cast<int>(i % kActChunk), c.rows);
+        kernels.quantize(x, k, fine_, const_cast<int8_t*>(c.q), const_cast<ActScale*>(c.scale),
+                         static_cast<int>(i % kActChunk), c.rows);
       }
       if (bf16) kernels.pack(x, k, packed_.data() + i * packed_row);
     }
@@ -141,13 +144,14 @@ void Activations::prepare(const Kernels& kernels, ThreadPool& pool, const std::v
 
 QuantActs Activations::chunk(int64_t first) const {
   return {q_.data() + first * blocks_ * kBlock, scale_.data() + first * blocks_,
-          static_cast<int>(std::min<int64_t>(kActChunk, n - first))};
+          static_cast<int>(std::min<int64_t>(kActChunk, n - first)), fine_};
 }
 
 namespace {
 
 // Weight rows [32 p, 32 p + 32) against rows [m0, m0 + m) of the activations: tile[m][32].
-void product_tile(const Kernels& kernels, const Activations& x, const CpuMatrix& w, int64_t p, int64_t m0, int m, float* tile) {
+void product_tile(const Kernels& kernels, const Activations& x, const CpuMatrix& w, int64_t p, int64_t m0, int m,
+                  float* tile) {
   if (encoding(w.type).quantized) {
     const int64_t unit = encoding(w.type).block / kBlock;
     const int64_t blocks = (w.cols + encoding(w.type).block - 1) / encoding(w.type).block * unit;
@@ -188,14 +192,15 @@ void matmul(const Kernels& kernels, ThreadPool& pool, const Activations& x, cons
       for (int64_t m0 = 0; m0 < x.n; m0 += kActChunk) {
         const int m = static_cast<int>(std::min<int64_t>(kActChunk, x.n - m0));
         product_tile(kernels, x, *p.w, i - base, m0, m, tile);
-        for (int j = 0; j < m; ++j) std::memcpy(p.y + (m0 + j) * p.ldy + first, tile + j * kPanel, rows * sizeof(float));
+        for (int j = 0; j < m; ++j)
+          std::memcpy(p.y + (m0 + j) * p.ldy + first, tile + j * kPanel, rows * sizeof(float));
       }
     }
   });
 }
 
-void matmul_geglu(const Kernels& kernels, ThreadPool& pool, const Activations& x, const CpuMatrix& gate, const CpuMatrix& up,
-                  float* h) {
+void matmul_geglu(const Kernels& kernels, ThreadPool& pool, const Activations& x, const CpuMatrix& gate,
+                  const CpuMatrix& up, float* h) {
   pool.parallel_for(panels_of(gate), std::max<int64_t>(1, grain_of(gate) / 2), [&](int64_t begin, int64_t end, int) {
     alignas(64) float g[kActChunk * kPanel], u[kActChunk * kPanel];
     for (int64_t i = begin; i < end; ++i) {
@@ -204,7 +209,8 @@ void matmul_geglu(const Kernels& kernels, ThreadPool& pool, const Activations& x
         const int m = static_cast<int>(std::min<int64_t>(kActChunk, x.n - m0));
         product_tile(kernels, x, gate, i, m0, m, g);
         product_tile(kernels, x, up, i, m0, m, u);
-        for (int j = 0; j < m; ++j) kernels.geglu(g + j * kPanel, u + j * kPanel, rows, h + (m0 + j) * gate.rows + i * kPanel);
+        for (int j = 0; j < m; ++j)
+          kernels.geglu(g + j * kPanel, u + j * kPanel, rows, h + (m0 + j) * gate.rows + i * kPanel);
       }
     }
   });

@@ -13,20 +13,22 @@ namespace gemma {
 
 struct CpuMatrix final : Matrix {
   const uint8_t* data = nullptr;  // panels, or bf16 rows in file order
+  bool fine = false;              // its activations get a scale every 16 values instead of 32
   std::unique_ptr<uint8_t, void (*)(uint8_t*)> owned{nullptr, nullptr};
   const uint8_t* host_data() const override { return data; }
 };
 
 // Reads, converts and tiles on all threads. See Backend::load_matrix.
-std::unique_ptr<CpuMatrix> load_cpu_matrix(ThreadPool& pool, const HostTensor& source, DType target, const Consumed& consumed);
+std::unique_ptr<CpuMatrix> load_cpu_matrix(ThreadPool& pool, const HostTensor& source, DType target,
+                                           const Consumed& consumed);
 
 // Activations [n, k] in the forms that the weights at hand need.
 class Activations {
  public:
   // Row i of the input is get(i); `get` may compute it into scratch[k].
   using Row = std::function<const float*(int64_t i, float* scratch)>;
-  void prepare(const Kernels& kernels, ThreadPool& pool, const std::vector<const Matrix*>& weights, int64_t n, int64_t k,
-               const Row& get);
+  void prepare(const Kernels& kernels, ThreadPool& pool, const std::vector<const Matrix*>& weights, int64_t n,
+               int64_t k, const Row& get);
 
   int64_t n = 0;
   QuantActs chunk(int64_t first_row) const;
@@ -34,6 +36,7 @@ class Activations {
 
  private:
   int64_t blocks_ = 0;
+  bool fine_ = false;
   std::vector<int8_t> q_;
   std::vector<ActScale> scale_;
   std::vector<uint8_t> packed_;
@@ -48,7 +51,7 @@ struct Product {
 };
 void matmul(const Kernels& kernels, ThreadPool& pool, const Activations& x, const std::vector<Product>& products);
 // h[n, rows] = gelu(gate x) * (up x)
-void matmul_geglu(const Kernels& kernels, ThreadPool& pool, const Activations& x, const CpuMatrix& gate, const CpuMatrix& up,
-                  float* h);
+void matmul_geglu(const Kernels& kernels, ThreadPool& pool, const Activations& x, const CpuMatrix& gate,
+                  const CpuMatrix& up, float* h);
 
 }  // namespace gemma

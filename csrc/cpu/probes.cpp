@@ -49,7 +49,9 @@ double read_bandwidth(const Kernels& kernels, ThreadPool& pool, size_t bytes) {
 }
 
 std::map<std::string, double> peaks(const Kernels& kernels, ThreadPool& pool) {
-  return {{"int8", peak(pool, kernels.peak_int8)}, {"bf16", peak(pool, kernels.peak_bf16)}, {"f32", peak(pool, kernels.peak_f32)}};
+  return {{"int8", peak(pool, kernels.peak_int8)},
+          {"bf16", peak(pool, kernels.peak_bf16)},
+          {"f32", peak(pool, kernels.peak_f32)}};
 }
 
 }  // namespace gemma

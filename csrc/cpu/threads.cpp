@@ -145,7 +145,8 @@ ThreadPool::~ThreadPool() {
 }
 
 void ThreadPool::run(int64_t count, int64_t grain, Call call, void* context) {
-  if (forks() != shared_->forks_seen) start();  // in a forked child: the old state is left behind, it may be locked for ever
+  if (forks() != shared_->forks_seen)
+    start();  // in a forked child: the old state is left behind, it may be locked for ever
   Shared& s = *shared_;
   s.count = count;
   s.grain = std::max<int64_t>(1, grain);

@@ -28,7 +28,9 @@ class ThreadPool {
       fn(int64_t{0}, count, 0);
       return;
     }
-    run(count, grain, [](void* f, int64_t begin, int64_t end, int thread) { (*static_cast<F*>(f))(begin, end, thread); },
+    run(
+        count, grain,
+        [](void* f, int64_t begin, int64_t end, int thread) { (*static_cast<F*>(f))(begin, end, thread); },
         const_cast<std::remove_const_t<F>*>(&fn));
   }
 

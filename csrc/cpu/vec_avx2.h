@@ -18,7 +18,9 @@ struct V {
   static F set(float x) { return _mm256_set1_ps(x); }
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
-  static __m256i first(int64_t n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n > 8 ? 8 : static_cast<int>(n)), lane_index()); }
+  static __m256i first(int64_t n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n > 8 ? 8 : static_cast<int>(n)), lane_index());
+  }
   static F load_n(const float* p, int64_t n) { return _mm256_maskload_ps(p, first(n)); }
   static void store_n(float* p, F x, int64_t n) { _mm256_maskstore_ps(p, first(n), x); }
   static float root(float x) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x))); }
@@ -52,7 +54,9 @@ struct V {
   static I or_i(I a, I b) { return _mm256_or_si256(a, b); }
   static I shr_i(I a, int n) { return _mm256_srl_epi32(a, _mm_cvtsi32_si128(n)); }
   template <int N>
-  static I shl_i(I a) { return _mm256_slli_epi32(a, N); }
+  static I shl_i(I a) {
+    return _mm256_slli_epi32(a, N);
+  }
   static F as_float(I a) { return _mm256_castsi256_ps(a); }
   static int32_t sum_i(I x) {
     __m128i q = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
@@ -70,8 +74,12 @@ struct V {
     __m128i w = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(w, w));
   }
-  static I load_u8(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
-  static I load_i8(const uint8_t* p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
+  static I load_u8(const uint8_t* p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+  static I load_i8(const uint8_t* p) {
+    return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
   static F load_half(const uint8_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 
   // Bytes of quantised weights.
@@ -85,7 +93,8 @@ struct V {
   }
   template <int PAIR>  // x | (bits 2 PAIR, 2 PAIR + 1 of plane) << 4
   static B or_pair(B x, B plane) {
-    B p = PAIR < 2 ? _mm256_slli_epi16(plane, PAIR < 2 ? 4 - 2 * PAIR : 0) : _mm256_srli_epi16(plane, PAIR < 2 ? 0 : 2 * PAIR - 4);
+    B p = PAIR < 2 ? _mm256_slli_epi16(plane, PAIR < 2 ? 4 - 2 * PAIR : 0)
+                   : _mm256_srli_epi16(plane, PAIR < 2 ? 0 : 2 * PAIR - 4);
     return _mm256_or_si256(x, _mm256_and_si256(p, _mm256_set1_epi8(0x30)));
   }
   static I bytes4(const int8_t* p) {
@@ -112,7 +121,8 @@ struct V {
       for (int i = 0; i < N; ++i) {
         __m256i s = _mm256_xor_si256(w[i], _mm256_set1_epi8(static_cast<char>(0x80)));
         x = _mm256_add_epi32(
-            x, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(s), _mm256_sign_epi8(bytes4(a + 4 * i), s)), ones));
+            x,
+            _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(s), _mm256_sign_epi8(bytes4(a + 4 * i), s)), ones));
       }
       return x;
     }
@@ -178,7 +188,8 @@ struct V {
   static I dot_step(I a, B w) { return _mm256_dpbusd_avx_epi32(a, w, w); }
 #else
   static I dot_step(I a, B w) {
-    return _mm256_add_epi32(a, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_xor_si256(a, w), w), _mm256_set1_epi16(1)));
+    return _mm256_add_epi32(a,
+                            _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_xor_si256(a, w), w), _mm256_set1_epi16(1)));
   }
 #endif
   using PeakSum = __m256;

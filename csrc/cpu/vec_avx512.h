@@ -30,7 +30,9 @@ struct V {
   static F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a * b
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
-  static F abs(F a) { return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff))); }
+  static F abs(F a) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff)));
+  }
   static F less(F a, F b, F yes, F no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes); }
   static float sum(F x) {
     __m256 h = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
@@ -54,7 +56,9 @@ struct V {
   static I or_i(I a, I b) { return _mm512_or_si512(a, b); }
   static I shr_i(I a, int n) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(n)); }
   template <int N>
-  static I shl_i(I a) { return _mm512_slli_epi32(a, N); }
+  static I shl_i(I a) {
+    return _mm512_slli_epi32(a, N);
+  }
   static F as_float(I a) { return _mm512_castsi512_ps(a); }
   static int32_t sum_i(I x) { return _mm512_reduce_add_epi32(x); }
   static I lane_index() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
@@ -65,9 +69,15 @@ struct V {
     return _mm512_mask_blend_ps(static_cast<__mmask16>(((1u << hi) - 1) & ~((1u << lo) - 1)), b, a);
   }
   static void store_i8(int8_t* p, I x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x)); }
-  static I load_u8(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-  static I load_i8(const uint8_t* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-  static F load_half(const uint8_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static I load_u8(const uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static I load_i8(const uint8_t* p) {
+    return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static F load_half(const uint8_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
 
   // Bytes of quantised weights.
   static B load_b(const uint8_t* p) { return _mm512_loadu_si512(p); }
@@ -80,7 +90,8 @@ struct V {
   }
   template <int PAIR>  // x | (bits 2 PAIR, 2 PAIR + 1 of plane) << 4
   static B or_pair(B x, B plane) {
-    B p = PAIR < 2 ? _mm512_slli_epi16(plane, PAIR < 2 ? 4 - 2 * PAIR : 0) : _mm512_srli_epi16(plane, PAIR < 2 ? 0 : 2 * PAIR - 4);
+    B p = PAIR < 2 ? _mm512_slli_epi16(plane, PAIR < 2 ? 4 - 2 * PAIR : 0)
+                   : _mm512_srli_epi16(plane, PAIR < 2 ? 0 : 2 * PAIR - 4);
     return _mm512_ternarylogic_epi32(x, p, _mm512_set1_epi8(0x30), 0xf8);
   }
   static I bytes4(const int8_t* p) {

@@ -23,58 +23,141 @@ struct V {
 
 #define GEMMA_EACH for (int i = 0; i < W; ++i)
   static F zero() { return set(0.0f); }
-  static F set(float x) { F r; GEMMA_EACH r.v[i] = x; return r; }
-  static F load(const float* p) { F r; GEMMA_EACH r.v[i] = p[i]; return r; }
+  static F set(float x) {
+    F r;
+    GEMMA_EACH r.v[i] = x;
+    return r;
+  }
+  static F load(const float* p) {
+    F r;
+    GEMMA_EACH r.v[i] = p[i];
+    return r;
+  }
   static void store(float* p, F x) { GEMMA_EACH p[i] = x.v[i]; }
-  static F load_n(const float* p, int64_t n) { F r; GEMMA_EACH r.v[i] = i < n ? p[i] : 0.0f; return r; }
+  static F load_n(const float* p, int64_t n) {
+    F r;
+    GEMMA_EACH r.v[i] = i < n ? p[i] : 0.0f;
+    return r;
+  }
   static void store_n(float* p, F x, int64_t n) { GEMMA_EACH if (i < n) p[i] = x.v[i]; }
   static float root(float x) { return sqrtf(x); }
-  static F add(F a, F b) { GEMMA_EACH a.v[i] += b.v[i]; return a; }
-  static F sub(F a, F b) { GEMMA_EACH a.v[i] -= b.v[i]; return a; }
-  static F mul(F a, F b) { GEMMA_EACH a.v[i] *= b.v[i]; return a; }
-  static F div(F a, F b) { GEMMA_EACH a.v[i] /= b.v[i]; return a; }
-  static F fma(F a, F b, F c) { GEMMA_EACH c.v[i] = fmaf(a.v[i], b.v[i], c.v[i]); return c; }
-  static F fnma(F a, F b, F c) { GEMMA_EACH c.v[i] = fmaf(-a.v[i], b.v[i], c.v[i]); return c; }  // c - a * b
-  static F max(F a, F b) { GEMMA_EACH a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return a; }
-  static F min(F a, F b) { GEMMA_EACH a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i]; return a; }
-  static F abs(F a) { GEMMA_EACH a.v[i] = fabsf(a.v[i]); return a; }
-  static F less(F a, F b, F yes, F no) { GEMMA_EACH no.v[i] = a.v[i] < b.v[i] ? yes.v[i] : no.v[i]; return no; }
-  static float sum(F x) {
-    return ((x.v[0] + x.v[4]) + (x.v[2] + x.v[6])) + ((x.v[1] + x.v[5]) + (x.v[3] + x.v[7]));
+  static F add(F a, F b) {
+    GEMMA_EACH a.v[i] += b.v[i];
+    return a;
   }
+  static F sub(F a, F b) {
+    GEMMA_EACH a.v[i] -= b.v[i];
+    return a;
+  }
+  static F mul(F a, F b) {
+    GEMMA_EACH a.v[i] *= b.v[i];
+    return a;
+  }
+  static F div(F a, F b) {
+    GEMMA_EACH a.v[i] /= b.v[i];
+    return a;
+  }
+  static F fma(F a, F b, F c) {
+    GEMMA_EACH c.v[i] = fmaf(a.v[i], b.v[i], c.v[i]);
+    return c;
+  }
+  static F fnma(F a, F b, F c) {
+    GEMMA_EACH c.v[i] = fmaf(-a.v[i], b.v[i], c.v[i]);
+    return c;
+  }  // c - a * b
+  static F max(F a, F b) {
+    GEMMA_EACH a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+    return a;
+  }
+  static F min(F a, F b) {
+    GEMMA_EACH a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
+    return a;
+  }
+  static F abs(F a) {
+    GEMMA_EACH a.v[i] = fabsf(a.v[i]);
+    return a;
+  }
+  static F less(F a, F b, F yes, F no) {
+    GEMMA_EACH no.v[i] = a.v[i] < b.v[i] ? yes.v[i] : no.v[i];
+    return no;
+  }
+  static float sum(F x) { return ((x.v[0] + x.v[4]) + (x.v[2] + x.v[6])) + ((x.v[1] + x.v[5]) + (x.v[3] + x.v[7])); }
   static float max_of(F x) {
     float m = x.v[0];
     GEMMA_EACH m = x.v[i] > m ? x.v[i] : m;
     return m;
   }
 
-  static I set_i(int32_t x) { I r; GEMMA_EACH r.v[i] = x; return r; }
-  static I load_i(const void* p) { I r; std::memcpy(r.v, p, sizeof(r.v)); return r; }
+  static I set_i(int32_t x) {
+    I r;
+    GEMMA_EACH r.v[i] = x;
+    return r;
+  }
+  static I load_i(const void* p) {
+    I r;
+    std::memcpy(r.v, p, sizeof(r.v));
+    return r;
+  }
   // To nearest even. The range check keeps NaN and infinities defined: they give what x86 gives.
   static I round(F x) {
     I r;
     GEMMA_EACH r.v[i] = fabsf(x.v[i]) < 2147483520.0f ? static_cast<int32_t>(nearbyintf(x.v[i])) : INT32_MIN;
     return r;
   }
-  static F to_float(I x) { F r; GEMMA_EACH r.v[i] = static_cast<float>(x.v[i]); return r; }
+  static F to_float(I x) {
+    F r;
+    GEMMA_EACH r.v[i] = static_cast<float>(x.v[i]);
+    return r;
+  }
   static I add_i(I a, I b) {
     GEMMA_EACH a.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) + static_cast<uint32_t>(b.v[i]));
     return a;
   }
-  static I and_i(I a, I b) { GEMMA_EACH a.v[i] &= b.v[i]; return a; }
-  static I or_i(I a, I b) { GEMMA_EACH a.v[i] |= b.v[i]; return a; }
-  static I shr_i(I a, int n) { GEMMA_EACH a.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) >> n); return a; }
+  static I and_i(I a, I b) {
+    GEMMA_EACH a.v[i] &= b.v[i];
+    return a;
+  }
+  static I or_i(I a, I b) {
+    GEMMA_EACH a.v[i] |= b.v[i];
+    return a;
+  }
+  static I shr_i(I a, int n) {
+    GEMMA_EACH a.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) >> n);
+    return a;
+  }
   template <int N>
-  static I shl_i(I a) { GEMMA_EACH a.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << N); return a; }
-  static F as_float(I a) { F r; std::memcpy(r.v, a.v, sizeof(r.v)); return r; }
-  static int32_t sum_i(I x) { int32_t s = 0; GEMMA_EACH s += x.v[i]; return s; }
+  static I shl_i(I a) {
+    GEMMA_EACH a.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << N);
+    return a;
+  }
+  static F as_float(I a) {
+    F r;
+    std::memcpy(r.v, a.v, sizeof(r.v));
+    return r;
+  }
+  static int32_t sum_i(I x) {
+    int32_t s = 0;
+    GEMMA_EACH s += x.v[i];
+    return s;
+  }
   // lo <= lane < hi ? a : b
-  static F between(F a, F b, int lo, int hi) { GEMMA_EACH b.v[i] = i >= lo && i < hi ? a.v[i] : b.v[i]; return b; }
+  static F between(F a, F b, int lo, int hi) {
+    GEMMA_EACH b.v[i] = i >= lo && i < hi ? a.v[i] : b.v[i];
+    return b;
+  }
   static void store_i8(int8_t* p, I x) {
     GEMMA_EACH p[i] = static_cast<int8_t>(x.v[i] < -128 ? -128 : x.v[i] > 127 ? 127 : x.v[i]);
   }
-  static I load_u8(const uint8_t* p) { I r; GEMMA_EACH r.v[i] = p[i]; return r; }
-  static I load_i8(const uint8_t* p) { I r; GEMMA_EACH r.v[i] = static_cast<int8_t>(p[i]); return r; }
+  static I load_u8(const uint8_t* p) {
+    I r;
+    GEMMA_EACH r.v[i] = p[i];
+    return r;
+  }
+  static I load_i8(const uint8_t* p) {
+    I r;
+    GEMMA_EACH r.v[i] = static_cast<int8_t>(p[i]);
+    return r;
+  }
   static F load_half(const uint8_t* p) {
     F r;
     GEMMA_EACH {
@@ -86,19 +169,34 @@ struct V {
   }
 
 #define GEMMA_EACH_BYTE for (int i = 0; i < 4 * W; ++i)
-  static B load_b(const uint8_t* p) { B r; std::memcpy(r.v, p, sizeof(r.v)); return r; }
-  static B low4(B x) { GEMMA_EACH_BYTE x.v[i] &= 15; return x; }
-  static B high4(B x) { GEMMA_EACH_BYTE x.v[i] >>= 4; return x; }
+  static B load_b(const uint8_t* p) {
+    B r;
+    std::memcpy(r.v, p, sizeof(r.v));
+    return r;
+  }
+  static B low4(B x) {
+    GEMMA_EACH_BYTE x.v[i] &= 15;
+    return x;
+  }
+  static B high4(B x) {
+    GEMMA_EACH_BYTE x.v[i] >>= 4;
+    return x;
+  }
   template <int BIT>  // x | (bit BIT of plane) << 4
-  static B or_bit(B x, B plane) { GEMMA_EACH_BYTE x.v[i] |= static_cast<uint8_t>((plane.v[i] >> BIT & 1) << 4); return x; }
+  static B or_bit(B x, B plane) {
+    GEMMA_EACH_BYTE x.v[i] |= static_cast<uint8_t>((plane.v[i] >> BIT & 1) << 4);
+    return x;
+  }
   template <int PAIR>  // x | (bits 2 PAIR, 2 PAIR + 1 of plane) << 4
-  static B or_pair(B x, B plane) { GEMMA_EACH_BYTE x.v[i] |= static_cast<uint8_t>((plane.v[i] >> 2 * PAIR & 3) << 4); return x; }
+  static B or_pair(B x, B plane) {
+    GEMMA_EACH_BYTE x.v[i] |= static_cast<uint8_t>((plane.v[i] >> 2 * PAIR & 3) << 4);
+    return x;
+  }
   // sum over N groups of 4 of (w - OFF) * a, given sum = the sum of a. w < 2^BITS.
   template <int BITS, int OFF, int N>
   static I dot(const B* w, const int8_t* a, int32_t sum) {
     I x = set_i(-OFF * sum);
-    for (int g = 0; g < N; ++g)
-      GEMMA_EACH for (int j = 0; j < 4; ++j) x.v[i] += w[g].v[4 * i + j] * a[4 * g + j];
+    for (int g = 0; g < N; ++g) GEMMA_EACH for (int j = 0; j < 4; ++j) x.v[i] += w[g].v[4 * i + j] * a[4 * g + j];
     return x;
   }
 
@@ -113,7 +211,11 @@ struct V {
     float x[16];
   };
   static Sum sum_zero() { return {}; }
-  static Wide load_w(const uint16_t* p) { Wide r; std::memcpy(r.v, p, sizeof(r.v)); return r; }
+  static Wide load_w(const uint16_t* p) {
+    Wide r;
+    std::memcpy(r.v, p, sizeof(r.v));
+    return r;
+  }
   static void dot_bf16(Sum& s, const Wide& w, const void* x) {
     const float* f = static_cast<const float*>(x);
     for (int i = 0; i < 16; ++i) s.x[i] = fmaf(bf16_to_float(w.v[i]), f[i], s.x[i]);
@@ -150,7 +252,11 @@ struct V {
   };
   static constexpr int kPeakOps = 32;
   static PeakSum peak_zero() { return {}; }
-  static Packed load_packed(const void* p) { Packed r; std::memcpy(r.v, p, sizeof(r.v)); return r; }
+  static Packed load_packed(const void* p) {
+    Packed r;
+    std::memcpy(r.v, p, sizeof(r.v));
+    return r;
+  }
   static void peak_step(PeakSum& a, const Wide& w, const Packed& x) { dot_bf16(a, w, x.v); }
 };
 
