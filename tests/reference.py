@@ -167,7 +167,7 @@ def nse(out: Array, truth: Array) -> float:
 # --- how the engine rounds activations (see `rounding` above) ---
 
 
-def round_int8_blocks(x: Array) -> Array:
+def round_int8_blocks(x: Array, block: int = 16) -> Array:
     """x[N, K] as int8 in blocks of 32 along K with one float32 scale each: what quantised weights are multiplied by."""
     n, k = x.shape
     padded = np.zeros((n, -(-k // 32) * 32), np.float32)

@@ -166,21 +166,24 @@ void product_tile(const Kernels& kernels, const Activations& x, const CpuMatrix&
 
 int64_t panels_of(const CpuMatrix& w) { return (w.rows + kPanel - 1) / kPanel; }
 
-// Panels a work item: about 64 KB of weights.
-int64_t grain_of(const CpuMatrix& w) {
-  const size_t panel = w.bytes / static_cast<size_t>(panels_of(w)) + 1;
-  return std::max<int64_t>(1, static_cast<int64_t>((64u << 10) / panel));
+// Panels a work item, for `bytes` of weights in `panels` panels: long runs keep the memory streaming, but every thread should
+// get several.
+int64_t grain_of(const ThreadPool& pool, size_t bytes, int64_t panels) {
+  const size_t share = bytes / (8 * static_cast<size_t>(pool.size()));
+  const size_t item = std::clamp<size_t>(share, 16u << 10, 256u << 10);
+  return std::max<int64_t>(1, static_cast<int64_t>(item * static_cast<size_t>(panels) / bytes));
 }
 
 }  // namespace
 
 void matmul(const Kernels& kernels, ThreadPool& pool, const Activations& x, const std::vector<Product>& products) {
-  int64_t total = 0, grain = 1;
+  int64_t total = 0;
+  size_t bytes = 0;
   for (const Product& p : products) {
     total += panels_of(*p.w);
-    grain = std::max(grain, grain_of(*p.w));
+    bytes += p.w->bytes;
   }
-  pool.parallel_for(total, grain, [&](int64_t begin, int64_t end, int) {
+  pool.parallel_for(total, grain_of(pool, bytes, total), [&](int64_t begin, int64_t end, int) {
     alignas(64) float tile[kActChunk * kPanel];
     size_t which = 0;
     int64_t base = 0;
@@ -201,7 +204,7 @@ void matmul(const Kernels& kernels, ThreadPool& pool, const Activations& x, cons
 
 void matmul_geglu(const Kernels& kernels, ThreadPool& pool, const Activations& x, const CpuMatrix& gate,
                   const CpuMatrix& up, float* h) {
-  pool.parallel_for(panels_of(gate), std::max<int64_t>(1, grain_of(gate) / 2), [&](int64_t begin, int64_t end, int) {
+  pool.parallel_for(panels_of(gate), grain_of(pool, gate.bytes + up.bytes, panels_of(gate)), [&](int64_t begin, int64_t end, int) {
     alignas(64) float g[kActChunk * kPanel], u[kActChunk * kPanel];
     for (int64_t i = begin; i < end; ++i) {
       const int64_t rows = std::min<int64_t>(kPanel, gate.rows - i * kPanel);
