@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
-from ._native import Model
-from .gemma import Gemma
-from .sampling import SamplingParams
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ._native import Model
+    from .gemma import Gemma
+    from .sampling import SamplingParams
 
 __all__ = ["Gemma", "Model", "SamplingParams"]
 __version__ = "0.1.0"
+
+_HOMES = {"Gemma": ".gemma", "Model": "._native", "SamplingParams": ".sampling"}
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first use, so that the command line is up, and can tell an error in one line, before the engine is.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name], __name__), name)
+    globals()[name] = value
+    return value
