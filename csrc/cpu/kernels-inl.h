@@ -3,6 +3,8 @@
 // one copy, perhaps the one that an older CPU cannot run).
 #pragma once
 
+#include <math.h>
+
 #include "../quant.h"
 #include "kernels.h"
 
@@ -100,7 +102,7 @@ void rope(float* x, const float* cos, const float* sin, int64_t half, float scal
 }
 
 void log_sum(const float* x, int64_t n, float* max, float* sum) {
-  F m = V::set(-__builtin_inff());
+  F m = V::set(-INFINITY);
   int64_t i = 0;
   for (; i + W <= n; i += W) m = V::max(m, V::load(x + i));
   for (; i < n; ++i) m = V::max(m, V::set(x[i]));
@@ -525,7 +527,7 @@ void attend_rows(const float* q, int64_t e, const void* k, const void* v, const 
       for (int i = 0; i < kSpan / W; ++i) {
         F x = c > 0 ? cap(s[r][i], c) : s[r][i];
         const int at = key + i * W;
-        V::store(&p[r][at], V::between(x, V::set(-__builtin_inff()), lo[r] - at, hi[r] - at));
+        V::store(&p[r][at], V::between(x, V::set(-INFINITY), lo[r] - at, hi[r] - at));
       }
   }
   const int begin = first / kSpan * kSpan, end = (last + kSpan - 1) / kSpan * kSpan;

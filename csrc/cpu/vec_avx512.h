@@ -116,13 +116,18 @@ struct V {
   static constexpr int kBf16TileW = 4, kBf16TileX = 6;
   static constexpr int kPackedSize = 2;
   using Wide = __m512i;
+  static __m512bh as_bf16(__m512i x) {
+    __m512bh b;
+    std::memcpy(&b, &x, sizeof(b));
+    return b;
+  }
   struct Sum {
     __m512 x;
   };
   static Sum sum_zero() { return {_mm512_setzero_ps()}; }
   static Wide load_w(const uint16_t* p) { return _mm512_loadu_si512(p); }
   static void dot_bf16(Sum& s, Wide w, const void* x) {
-    s.x = _mm512_dpbf16_ps(s.x, (__m512bh)w, (__m512bh)_mm512_loadu_si512(x));
+    s.x = _mm512_dpbf16_ps(s.x, as_bf16(w), as_bf16(_mm512_loadu_si512(x)));
   }
   // out[i] = sum(s[i * stride]) for i < n: 16 trees at once, each the tree of `sum`.
   static void close(const Sum* s, int stride, int n, float* out) {
@@ -170,7 +175,7 @@ struct V {
   static constexpr int kPeakOps = 64;
   static PeakSum peak_zero() { return _mm512_setzero_ps(); }
   static Packed load_packed(const void* p) { return _mm512_loadu_si512(p); }
-  static void peak_step(PeakSum& a, Wide w, Packed x) { a = _mm512_dpbf16_ps(a, (__m512bh)w, (__m512bh)x); }
+  static void peak_step(PeakSum& a, Wide w, Packed x) { a = _mm512_dpbf16_ps(a, as_bf16(w), as_bf16(x)); }
 };
 
 }  // namespace GEMMA_ISA

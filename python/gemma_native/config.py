@@ -7,10 +7,12 @@ that are not Gemma 1, 2 or 3 text models, and features that the engine does not 
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+import numpy as np
 
 from .errors import FormatError
 
@@ -59,7 +61,7 @@ class Config:
         for name in ("sliding_layers", "eos_token_ids"):
             if name in raw:
                 if not isinstance(raw[name], list):
-                    raise FormatError(f"{source}: {name} must be a list")
+                    raise FormatError(f"{source}: {name} must be a list, not {raw[name]!r:.60}")
                 raw[name] = tuple(raw[name])
         try:
             return _checked(cls(**raw), source)
@@ -102,9 +104,17 @@ class _Reader:
             if default is None:
                 raise self._fail(name, "is missing")
             return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise self._fail(name, f"must be a number, not {value!r:.60}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+            raise self._fail(name, f"must be a finite number, not {value!r:.60}")
         return float(value)
+
+    def text(self, name: str, default: str) -> str:
+        value = self.values.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, str):
+            raise self._fail(name, f"must be a string, not {value!r:.60}")
+        return value
 
     def mapping(self, name: str) -> Mapping[str, Any]:
         value = self.values.get(name)
@@ -145,6 +155,11 @@ def _checked(c: Config, source: str) -> Config:
             raise FormatError(f"{source}: {name} is {value!r:.60}, outside [{low:g}, {high:g}]")
         if integral and not name.startswith(("rope", "query")) and not isinstance(value, int):
             raise FormatError(f"{source}: {name} is {value!r:.60}; an integer is expected")
+    if c.architecture not in _ARCHITECTURES.values():
+        raise FormatError(f"{source}: architecture is {c.architecture!r:.60}; gemma, gemma2 and gemma3 are supported")
+    for name, flags in (("qk_norm", (c.qk_norm,)), ("post_norms", (c.post_norms,)), ("sliding_layers", c.sliding_layers)):
+        if not all(isinstance(flag, bool) for flag in flags):
+            raise FormatError(f"{source}: {name} is {getattr(c, name)!r:.60}; only true and false are allowed there")
     if c.num_heads % c.num_kv_heads:
         raise FormatError(f"{source}: {c.num_heads} query heads cannot share {c.num_kv_heads} key/value heads evenly")
     if c.head_dim % 2:
@@ -153,7 +168,7 @@ def _checked(c: Config, source: str) -> Config:
         raise FormatError(f"{source}: layer types are given for {len(c.sliding_layers)} of {c.num_layers} layers")
     if any(c.sliding_layers) and not c.sliding_window:
         raise FormatError(f"{source}: layers slide, but there is no sliding_window")
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in c.eos_token_ids):
+    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i <= 1 << 24 for i in c.eos_token_ids):
         raise FormatError(f"{source}: eos token ids must be non-negative integers, not {c.eos_token_ids!r:.60}")
     return c
 
@@ -185,6 +200,8 @@ def config_from_hf(data: Mapping[str, Any], source: str, generation: Mapping[str
     if kind == "gemma3" and "text_config" in data:  # a multimodal checkpoint: its text part
         values = {**_GEMMA3_DEFAULTS, **read.mapping("text_config")}
         read = _Reader(values, source, "text_config.")
+        if read.text("model_type", "gemma3_text") not in ("gemma3_text", "gemma3"):
+            raise FormatError(f"{source}: text_config.model_type is {values['model_type']!r:.60}, not gemma3_text")
     elif architecture == "gemma3":
         read = _Reader({**_GEMMA3_DEFAULTS, **values}, source)
         values = read.values
@@ -192,6 +209,10 @@ def config_from_hf(data: Mapping[str, Any], source: str, generation: Mapping[str
         raise FormatError(f"{source}: use_bidirectional_attention is set; only causal text models are supported")
     if values.get("attention_bias"):
         raise FormatError(f"{source}: attention_bias is set; Gemma has no biases and the engine has none")
+    if data.get("quantization_config") or values.get("quantization_config"):
+        raise FormatError(
+            f"{source}: quantization_config is set; quantised weights are read from GGUF files, here only F32, F16 and BF16"
+        )
     activation = values.get("hidden_activation") or values.get("hidden_act") or "gelu_pytorch_tanh"
     if activation not in ("gelu", "gelu_pytorch_tanh", "gelu_tanh", "gelu_new"):
         raise FormatError(f"{source}: hidden_activation is {activation!r:.60}; Gemma's is the tanh GELU")
@@ -199,9 +220,10 @@ def config_from_hf(data: Mapping[str, Any], source: str, generation: Mapping[str
     layers = read.integer("num_hidden_layers")
     heads = read.integer("num_attention_heads")
     head_dim = read.integer("head_dim", 256)
-    scalar = head_dim if architecture == "gemma" else read.number("query_pre_attn_scalar", 256)
+    name = "head_dim" if architecture == "gemma" else "query_pre_attn_scalar"
+    scalar = read.number(name, 256)
     if not scalar > 0:
-        raise FormatError(f"{source}: query_pre_attn_scalar is {scalar}; it must be positive")
+        raise FormatError(f"{source}: {read.prefix}{name} is {scalar:g}; it must be positive")
     sliding: tuple[bool, ...] = ()
     window = 0
     if architecture != "gemma" and 0 < layers <= 1024:
@@ -223,10 +245,10 @@ def config_from_hf(data: Mapping[str, Any], source: str, generation: Mapping[str
             num_kv_heads=read.integer("num_key_value_heads", heads),
             head_dim=head_dim,
             context_length=read.integer("max_position_embeddings", 8192),
-            query_scale=float(scalar) ** -0.5,
+            query_scale=scalar**-0.5,
             rms_norm_eps=read.number("rms_norm_eps", 1e-6),
-            attn_softcap=read.number("attn_logit_softcapping", 0.0),
-            final_softcap=read.number("final_logit_softcapping", 0.0),
+            attn_softcap=_hf_softcap(read, "attn_logit_softcapping", 50.0 if architecture == "gemma2" else 0.0),
+            final_softcap=_hf_softcap(read, "final_logit_softcapping", 30.0 if architecture == "gemma2" else 0.0),
             sliding_window=window if any(sliding) else 0,
             sliding_layers=sliding,
             rope_base=base,
@@ -241,11 +263,18 @@ def config_from_hf(data: Mapping[str, Any], source: str, generation: Mapping[str
     )
 
 
+def _hf_softcap(read: _Reader, name: str, default: float) -> float:
+    """What transformers assumes where the field is missing; null means none."""
+    return read.number(name, 0.0) if name in read.values else default
+
+
 def _add_ids(out: list[int], value: Any, source: str) -> None:
+    if isinstance(value, list) and len(value) > 1000:
+        raise FormatError(f"{source}: eos_token_id holds {len(value)} ids; at most 1000 are allowed")
     for i in value if isinstance(value, list) else [value]:
         if i is None:
             continue
-        if isinstance(i, bool) or not isinstance(i, int) or i < 0:
+        if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i <= 1 << 24:
             raise FormatError(f"{source}: eos_token_id holds {i!r:.60}; token ids are non-negative integers")
         if i not in out:
             out.append(i)
@@ -269,33 +298,31 @@ def _hf_sliding(read: _Reader, architecture: str, layers: int) -> tuple[bool, ..
 
 def _hf_rope(read: _Reader, architecture: str) -> tuple[float, float, float]:
     """(base, base of sliding layers, scale): from `rope_parameters` (transformers 5) or the older fields."""
-    default = 1_000_000.0 if architecture == "gemma3" else 10000.0
-    parameters = read.mapping("rope_parameters")
-    if parameters:
-        nested = isinstance(parameters.get("full_attention"), Mapping)
-        full = _Reader(parameters["full_attention"] if nested else parameters, read.source, "rope_parameters.")
-        base = full.number("rope_theta", default)
-        local = base
-        if architecture == "gemma3":
-            inner = parameters.get("sliding_attention")
-            local = 10000.0
-            if isinstance(inner, Mapping):
-                sliding = _Reader(inner, read.source, "rope_parameters.sliding_attention.")
-                local = sliding.number("rope_theta", local)
-                if _scale(sliding) != 1.0:
-                    raise FormatError(f"{read.source}: RoPE scaling of sliding layers is not supported")
-        return base, local, _scale(full)
-    base = read.number("rope_theta", default)
+    base = read.number("rope_theta", 1_000_000.0 if architecture == "gemma3" else 10000.0)
     local = read.number("rope_local_base_freq", 10000.0) if architecture == "gemma3" else base
-    return base, local, _scale(_Reader(read.mapping("rope_scaling"), read.source, "rope_scaling."))
+    full = _Reader(read.mapping("rope_scaling"), read.source, f"{read.prefix}rope_scaling.")
+    parameters = _Reader(read.mapping("rope_parameters"), read.source, f"{read.prefix}rope_parameters.")
+    if not parameters.values:
+        return base, local, _scale(full)
+    if architecture == "gemma3" and ("full_attention" in parameters.values or "sliding_attention" in parameters.values):
+        inner = _Reader(parameters.mapping("sliding_attention"), read.source, f"{parameters.prefix}sliding_attention.")
+        local = inner.number("rope_theta", local)
+        if _scale(inner) != 1.0:
+            raise FormatError(f"{read.source}: {inner.prefix}factor scales sliding layers, which is not supported")
+        parameters = _Reader(parameters.mapping("full_attention"), read.source, f"{parameters.prefix}full_attention.")
+    base = parameters.number("rope_theta", base)
+    # Where a file has both dialects, transformers lets the older one's scaling win.
+    return base, local if architecture == "gemma3" else base, _scale(full if full.values else parameters)
 
 
 def _scale(read: _Reader) -> float:
-    kind = read.values.get("rope_type", read.values.get("type")) or "default"
-    if kind == "default":
+    kind = read.text("rope_type", read.text("type", ""))
+    if kind == "" and read.values.get("factor") is not None:
+        raise read._fail("rope_type", "is missing beside a factor")
+    if kind in ("", "default"):
         return 1.0
     if kind != "linear":
-        raise FormatError(f"{read.source}: {read.prefix}rope_type is {kind!r:.60}; default and linear are supported")
+        raise read._fail("rope_type", f"is {kind!r:.60}; default and linear are supported")
     return read.number("factor")
 
 
@@ -306,7 +333,7 @@ _GGUF_QUERY_SCALARS = {("gemma2", 46): 144.0, ("gemma3", 62): 168.0}
 def config_from_gguf(metadata: Mapping[str, Any], vocab_size: int, source: str) -> Config:
     """From a GGUF file's metadata; `vocab_size` is the embedding's rows. Raises FormatError."""
     architecture = metadata.get("general.architecture")
-    if architecture not in ("gemma", "gemma2", "gemma3"):
+    if not isinstance(architecture, str) or architecture not in ("gemma", "gemma2", "gemma3"):
         raise FormatError(f"{source}: general.architecture is {architecture!r:.60}; gemma, gemma2 and gemma3 are supported")
     prefix = f"{architecture}."
     values = {k[len(prefix) :]: v for k, v in metadata.items() if k.startswith(prefix)}
@@ -322,8 +349,10 @@ def config_from_gguf(metadata: Mapping[str, Any], vocab_size: int, source: str) 
     if architecture != "gemma" and 0 < layers <= 1024:
         window = read.integer("attention.sliding_window", 4096 if architecture == "gemma2" else 0)
         pattern = values.get("attention.sliding_window_pattern")
+        if isinstance(pattern, np.ndarray):
+            pattern = pattern.tolist()
         if isinstance(pattern, (list, tuple)):
-            if len(pattern) != layers or not all(isinstance(p, (bool, int)) for p in pattern):
+            if len(pattern) != layers or not all(p in (0, 1) for p in pattern):
                 raise FormatError(f"{source}: {prefix}attention.sliding_window_pattern needs {layers} booleans")
             sliding = tuple(bool(p) for p in pattern)
         else:
@@ -334,7 +363,7 @@ def config_from_gguf(metadata: Mapping[str, Any], vocab_size: int, source: str) 
         if window == 0:
             sliding = ()
     base = read.number("rope.freq_base", 1_000_000.0 if architecture == "gemma3" else 10000.0)
-    scaling = values.get("rope.scaling.type", "none")
+    scaling = read.text("rope.scaling.type", "none")
     scale = 1.0
     if scaling == "linear":
         scale = read.number("rope.scaling.factor", 1.0)
