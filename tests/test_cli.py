@@ -49,7 +49,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (folder / "tokenizer.model").write_bytes(proto.getvalue())
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    return write_hf(folder, "gemma-mqa", vocab_size=512, max_position_embeddings=8192, **sizes)
+    return write_hf(folder, "gemma-mqa", vocab_size=512, max_position_embeddings=65536, **sizes)
 
 
 def run(*arguments: object, stdin: bytes | None = None, **environment: str) -> subprocess.CompletedProcess[bytes]:
@@ -162,7 +162,7 @@ def test_closed_pipe_is_quiet(model: Path) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_interrupt(model: Path) -> None:
-    command = [*COMMAND, "generate", "--model", str(model), "--max-tokens", "8000", "--ignore-eos", "a"]
+    command = [*COMMAND, "generate", "--model", str(model), "--max-tokens", "60000", "--ignore-eos", "a"]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.read(1)
@@ -214,7 +214,7 @@ class Terminal:
 def chat(model: Path) -> Iterator[Terminal]:
     pytest.importorskip("pty")
     # 5 is <end_of_turn>, which would end an answer of the random model before it can be interrupted.
-    endless = ["--max-tokens", 8000, "--ignore-eos", "--logit-bias", "5=-inf"]
+    endless = ["--max-tokens", 60000, "--ignore-eos", "--logit-bias", "5=-inf"]
     terminal = Terminal("chat", "--model", model, "--threads", 1, *endless)
     yield terminal
     os.close(terminal.fd)
@@ -228,7 +228,7 @@ def test_chat_in_a_terminal(chat: Terminal) -> None:
     chat.until("> ")
     chat.send("hello there\r")
     chat.until("\n")  # the echo
-    time.sleep(0.5)  # some of the 8,000 tokens
+    time.sleep(0.5)  # some of the 60,000 tokens
     chat.send("\x03")
     chat.until("(stopped)")
     chat.until("> ")
@@ -238,6 +238,7 @@ def test_chat_in_a_terminal(chat: Terminal) -> None:
     chat.send("/dance\r")
     chat.until("no command")
     chat.until("> ")
+    time.sleep(0.5)  # readline shows its prompt a little before it heeds signals
     chat.send("\x03")
     chat.until("Ctrl-D")
     chat.until("> ")

@@ -1,0 +1,89 @@
+"""test_kernels.py and test_model.py again, under every other instruction-set level of this machine, a process each.
+
+The level of a process is chosen when the engine is imported. Where GEMMA_NATIVE_ISA is set already, one level is wanted, and
+this file is skipped: so are its own children.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gemma_native import _native
+
+VARIABLE = "GEMMA_NATIVE_ISA"
+HERE = Path(__file__).parent
+LEVELS = _native.isa_levels()
+
+pytestmark = pytest.mark.skipif(VARIABLE in os.environ, reason=f"{VARIABLE} asks for one level")
+
+# Quantised products at the process's level, as one hash: all types, either size of activation blocks, one row and many.
+PRODUCTS = """
+import hashlib
+import numpy as np
+from gemma_native import _native
+from test_kernels import BLOCK, T, random_blocks
+
+digest = hashlib.sha256()
+rng = np.random.default_rng(1)
+for name in BLOCK:
+    for rows, k in ((33, 256), (70, 1280)):
+        data = random_blocks(name, rows, k, rng)
+        x = (rng.standard_normal((70, k)) * np.exp(rng.standard_normal((70, 1)) * 3)).astype(np.float32)
+        x[5, 32:64] = 0
+        x[6] = 0
+        for m in (1, 5, 70):
+            for fine in (False, True):
+                digest.update(T.product(name, data, rows, k, x[:m], threads=2, fine=fine).tobytes())
+print(_native.isa(), digest.hexdigest())
+"""
+
+
+def run(level: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A Python process at a level. Its paths are this one's."""
+    paths = os.pathsep.join([str(HERE), *(p for p in sys.path if p)])
+    environment = {**os.environ, VARIABLE: level, "PYTHONPATH": paths}
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, cwd=HERE, capture_output=True, text=True, timeout=600, check=False
+    )
+
+
+def test_levels_of_this_process() -> None:
+    assert LEVELS[0] == "scalar" and set(LEVELS) <= {"scalar", "avx2", "avx512"}
+    assert _native.isa() == LEVELS[-1]  # the best
+
+
+@pytest.mark.parametrize("level", [level for level in LEVELS if level != _native.isa()])
+def test_suite(level: str) -> None:
+    files = [str(HERE / "test_kernels.py"), str(HERE / "test_model.py")]
+    done = run(level, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", *files)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+def test_quantised_products_are_the_same_bits() -> None:
+    hashes = {}
+    for level in LEVELS:
+        done = run(level, "-c", PRODUCTS)
+        assert done.returncode == 0, done.stderr
+        name, hashes[level] = done.stdout.split()
+        assert name == level
+    assert len(set(hashes.values())) == 1, hashes
+
+
+@pytest.mark.parametrize("level", ["sse9", "AVX2", " scalar", "scalar,avx2"])
+def test_an_unknown_level_is_refused(level: str) -> None:
+    done = run(level, "-c", "from gemma_native import _native")
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError") and f"{VARIABLE}={level}" in last, done.stderr
+    for supported in LEVELS:
+        assert supported in last
+
+
+def test_an_empty_level_is_the_best() -> None:
+    done = run("", "-c", "from gemma_native import _native; print(_native.isa())")
+    assert done.stdout.split() == [LEVELS[-1]], done.stderr
