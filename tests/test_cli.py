@@ -99,7 +99,7 @@ def test_help_and_version() -> None:
         (["generate", "--model", "{broken}", "Hi"], ["broken.gguf"]),
         (["info", "{broken}"], ["broken.gguf"]),
         (["info", "{empty}"], ["config.json"]),
-        (["bench", "--model", "{model}", "--prompts", "9000"], ["9000"]),
+        (["bench", "--model", "{model}", "--prompts", "90000"], ["90000"]),
         (["bench", "--model", "{model}", "--prompts", "0"], ["--prompts"]),
         (["quantize", "{model}", "out.bin"], [".safetensors"]),
         (["quantize", "{model}", "no/such/out.safetensors"], ["no such directory"]),

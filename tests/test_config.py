@@ -259,6 +259,8 @@ def accepts(kind: str, name: str, value: Any) -> bool:
         return True
     if name == "rope_local_base_freq" and kind in ("gemma", "gemma2"):
         return True
+    if name == "sliding_window_pattern" and not isinstance(value, bool) and isinstance(value, int) and value > 0:
+        return True  # more than there are layers: all slide
     zero = isinstance(value, int) and not isinstance(value, bool) and value == 0
     if name == "bos_token_id" or name.endswith("softcapping") or name == "rms_norm_eps":
         return zero or (value == 1.5 and name.endswith("softcapping"))

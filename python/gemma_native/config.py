@@ -94,8 +94,8 @@ class _Reader:
             if default is None:
                 raise self._fail(name, "is missing")
             return default
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self._fail(name, f"must be an integer, not {value!r:.60}")
+        if isinstance(value, bool) or not isinstance(value, int) or abs(value) >> 62:
+            raise self._fail(name, f"must be an integer of sane size, not {value!r:.60}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
@@ -284,15 +284,15 @@ def _hf_sliding(read: _Reader, architecture: str, layers: int) -> tuple[bool, ..
     types = read.values.get("layer_types")
     if types is not None:
         if not isinstance(types, list) or len(types) != layers:
-            raise FormatError(f"{read.source}: layer_types must be a list of {layers} names")
+            raise read._fail("layer_types", f"must be a list of {layers} names")
         for t in types:
             if t not in ("sliding_attention", "full_attention"):
-                raise FormatError(f"{read.source}: layer_types holds {t!r:.60}, not sliding_attention or full_attention")
+                raise read._fail("layer_types", f"holds {t!r:.60}, not sliding_attention or full_attention")
         return tuple(t == "sliding_attention" for t in types)
     name = "sliding_window_pattern" if "sliding_window_pattern" in read.values else "_sliding_window_pattern"
     pattern = read.integer(name, 6 if architecture == "gemma3" else 2)
     if pattern < 1:
-        raise FormatError(f"{read.source}: {name} is {pattern}; it must be positive")
+        raise read._fail(name, f"is {pattern}; it must be positive")
     return tuple((i + 1) % pattern != 0 for i in range(layers))
 
 

