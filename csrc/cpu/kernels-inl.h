@@ -17,6 +17,12 @@ using B = V::B;
 constexpr int W = V::W;
 constexpr int kGroups = kPanel / W;  // vectors that cover a panel's 32 rows
 
+#if defined(__GNUC__)
+#define GEMMA_PREFETCH(p) __builtin_prefetch(p)
+#else
+#define GEMMA_PREFETCH(p) (void)(p)
+#endif
+
 // ---- elementary functions ----------------------------------------------------------------------------------------------
 
 // e^x, 2 ulp; 0 below -87.3 (so masked scores vanish), clamped above 88.3; NaN stays.
@@ -335,12 +341,6 @@ struct ManyRows<Q, FINE, 0> {
   static void step(const uint8_t*, int, const int8_t*, const ActScale*, int, float*) {}
 };
 
-#if defined(__GNUC__)
-#define GEMMA_PREFETCH(p) __builtin_prefetch(p)
-#else
-#define GEMMA_PREFETCH(p) (void)(p)
-#endif
-
 template <class Q, bool FINE>
 void panel_many(const uint8_t* panel, int64_t blocks, const QuantActs& a, float* tile) {
   for (int i = 0; i < a.rows * kPanel; i += W) V::store(tile + i, V::zero());
@@ -394,7 +394,7 @@ constexpr int64_t kDepth = 4096;  // K values a pass: the pass's weights and act
 constexpr int kActBlock = V::kBf16TileX * 8;
 
 template <int R, int M>
-inline void bf16_tile(const uint16_t* const* w, const uint8_t* const* x, int64_t from, int64_t to,
+inline void bf16_tile(const uint16_t* const* w, int64_t ldw, const uint8_t* const* x, int64_t from, int64_t to,
                       const uint16_t (*tail)[32], int64_t k, V::Sum (*sum)[V::kBf16TileX]) {
   V::Sum s[R][M];
   for (int r = 0; r < R; ++r)
@@ -402,7 +402,11 @@ inline void bf16_tile(const uint16_t* const* w, const uint8_t* const* x, int64_t
   int64_t i = from;
   for (; i + kStep <= (to < k ? to : k); i += kStep) {
     V::Wide v[R];
-    for (int r = 0; r < R; ++r) v[r] = V::load_w(w[r] + i);
+    for (int r = 0; r < R; ++r) {
+      v[r] = V::load_w(w[r] + i);
+      // One row of activations waits for memory, and hardware prefetch ends with a page: ask for the next tile.
+      if (M == 1) GEMMA_PREFETCH(w[r] + i + R * ldw);
+    }
     for (int m = 0; m < M; ++m)
       for (int r = 0; r < R; ++r) V::dot_bf16(s[r][m], v[r], x[m] + i * V::kPackedSize);
   }
@@ -414,10 +418,10 @@ inline void bf16_tile(const uint16_t* const* w, const uint8_t* const* x, int64_t
 }
 
 template <int M>
-inline void bf16_tile_rows(int rows, const uint16_t* const* w, const uint8_t* const* x, int64_t from, int64_t to,
-                           const uint16_t (*tail)[32], int64_t k, V::Sum (*sum)[V::kBf16TileX]) {
-  if (rows == V::kBf16TileW) return bf16_tile<V::kBf16TileW, M>(w, x, from, to, tail, k, sum);
-  for (int r = 0; r < rows; ++r) bf16_tile<1, M>(w + r, x, from, to, tail + r, k, sum + r);
+inline void bf16_tile_rows(int rows, const uint16_t* const* w, int64_t ldw, const uint8_t* const* x, int64_t from,
+                           int64_t to, const uint16_t (*tail)[32], int64_t k, V::Sum (*sum)[V::kBf16TileX]) {
+  if (rows == V::kBf16TileW) return bf16_tile<V::kBf16TileW, M>(w, ldw, x, from, to, tail, k, sum);
+  for (int r = 0; r < rows; ++r) bf16_tile<1, M>(w + r, ldw, x, from, to, tail + r, k, sum + r);
 }
 
 void bf16(const uint16_t* w, int64_t ldw, int rows, int64_t k, const void* acts, int m, float* out, int64_t ldo) {
@@ -446,22 +450,22 @@ void bf16(const uint16_t* w, int64_t ldw, int rows, int64_t k, const void* acts,
               for (int j = 0; j < tm; ++j) s[i][j] = V::sum_zero();
           switch (tm) {
             case 1:
-              bf16_tile_rows<1>(rn, wr, xr, from, from + kDepth, tail, k, s);
+              bf16_tile_rows<1>(rn, wr, ldw, xr, from, from + kDepth, tail, k, s);
               break;
             case 2:
-              bf16_tile_rows<(M < 2 ? M : 2)>(rn, wr, xr, from, from + kDepth, tail, k, s);
+              bf16_tile_rows<(M < 2 ? M : 2)>(rn, wr, ldw, xr, from, from + kDepth, tail, k, s);
               break;
             case 3:
-              bf16_tile_rows<(M < 3 ? M : 3)>(rn, wr, xr, from, from + kDepth, tail, k, s);
+              bf16_tile_rows<(M < 3 ? M : 3)>(rn, wr, ldw, xr, from, from + kDepth, tail, k, s);
               break;
             case 4:
-              bf16_tile_rows<(M < 4 ? M : 4)>(rn, wr, xr, from, from + kDepth, tail, k, s);
+              bf16_tile_rows<(M < 4 ? M : 4)>(rn, wr, ldw, xr, from, from + kDepth, tail, k, s);
               break;
             case 5:
-              bf16_tile_rows<(M < 5 ? M : 5)>(rn, wr, xr, from, from + kDepth, tail, k, s);
+              bf16_tile_rows<(M < 5 ? M : 5)>(rn, wr, ldw, xr, from, from + kDepth, tail, k, s);
               break;
             default:
-              bf16_tile_rows<M>(rn, wr, xr, from, from + kDepth, tail, k, s);
+              bf16_tile_rows<M>(rn, wr, ldw, xr, from, from + kDepth, tail, k, s);
               break;
           }
         }

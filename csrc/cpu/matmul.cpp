@@ -204,19 +204,20 @@ void matmul(const Kernels& kernels, ThreadPool& pool, const Activations& x, cons
 
 void matmul_geglu(const Kernels& kernels, ThreadPool& pool, const Activations& x, const CpuMatrix& gate,
                   const CpuMatrix& up, float* h) {
-  pool.parallel_for(panels_of(gate), grain_of(pool, gate.bytes + up.bytes, panels_of(gate)), [&](int64_t begin, int64_t end, int) {
-    alignas(64) float g[kActChunk * kPanel], u[kActChunk * kPanel];
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t rows = std::min<int64_t>(kPanel, gate.rows - i * kPanel);
-      for (int64_t m0 = 0; m0 < x.n; m0 += kActChunk) {
-        const int m = static_cast<int>(std::min<int64_t>(kActChunk, x.n - m0));
-        product_tile(kernels, x, gate, i, m0, m, g);
-        product_tile(kernels, x, up, i, m0, m, u);
-        for (int j = 0; j < m; ++j)
-          kernels.geglu(g + j * kPanel, u + j * kPanel, rows, h + (m0 + j) * gate.rows + i * kPanel);
-      }
-    }
-  });
+  pool.parallel_for(panels_of(gate), grain_of(pool, gate.bytes + up.bytes, panels_of(gate)),
+                    [&](int64_t begin, int64_t end, int) {
+                      alignas(64) float g[kActChunk * kPanel], u[kActChunk * kPanel];
+                      for (int64_t i = begin; i < end; ++i) {
+                        const int64_t rows = std::min<int64_t>(kPanel, gate.rows - i * kPanel);
+                        for (int64_t m0 = 0; m0 < x.n; m0 += kActChunk) {
+                          const int m = static_cast<int>(std::min<int64_t>(kActChunk, x.n - m0));
+                          product_tile(kernels, x, gate, i, m0, m, g);
+                          product_tile(kernels, x, up, i, m0, m, u);
+                          for (int j = 0; j < m; ++j)
+                            kernels.geglu(g + j * kPanel, u + j * kPanel, rows, h + (m0 + j) * gate.rows + i * kPanel);
+                        }
+                      }
+                    });
 }
 
 }  // namespace gemma

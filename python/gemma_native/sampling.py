@@ -161,10 +161,10 @@ class Sampler:
             token = int(logits.argmax())
             _refuse_nan(logits[token])
             return self._chosen(token)
-        if 0 < p.top_k < len(logits):
+        _refuse_nan(logits.max())  # of everything: a sort would hide a NaN among the worst
+        if p.top_k > 0:  # best first for any k, as choose_from has it
             ids = _best(logits, p.top_k)
             return self._draw(ids, logits[ids])
-        _refuse_nan(logits.max())
         if p.top_p < 1:
             return self._nucleus(logits)
         return self._draw(np.arange(len(logits)), logits, ordered=False)
@@ -206,8 +206,7 @@ class Sampler:
         p = self.params
         top = logits[0] if ordered else logits.max()
         _refuse_nan(top)
-        # Relative to the best before the division, so that a tiny temperature cannot overflow.
-        weights = np.exp((logits.astype(np.float64) - float(top)) / p.temperature)
+        weights = self._weights(logits, float(top))
         if p.top_p < 1:
             reached = np.cumsum(weights)
             weights = weights[: int(np.searchsorted(reached, p.top_p * reached[-1])) + 1]
@@ -215,10 +214,15 @@ class Sampler:
             weights = np.where(weights >= p.min_p, weights, 0.0)  # the best has weight 1
         return self._chosen(int(ids[self._pick(weights)]))
 
+    def _weights(self, logits: NDArray[np.float32], top: float) -> NDArray[np.float64]:
+        """Probabilities relative to the best token's, whose raw logit is `top`."""
+        with np.errstate(over="ignore"):  # a tiny temperature makes -inf of everything but the best, as it should
+            return np.asarray(np.exp((logits.astype(np.float64) - top) / self.params.temperature))
+
     def _nucleus(self, logits: NDArray[np.float32]) -> int:
         """top_p over the whole vocabulary: sorts only as many of the best as it needs."""
         p = self.params
-        weights = np.exp((logits.astype(np.float64) - float(logits.max())) / p.temperature)
+        weights = self._weights(logits, float(logits.max()))
         wanted = p.top_p * weights.sum()
         k = min(256, len(logits))
         while True:
