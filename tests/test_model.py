@@ -5,6 +5,7 @@ The file runs under the instruction-set level that this process chose; `test_lev
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import os
@@ -157,6 +158,15 @@ def test_bf16_weights(model: GetModel, checkpoint: Callable[[str], Checkpoint], 
         assert reference.nse(logits, rounded) <= 1.5e-4
 
 
+def test_epsilon(speck: Callable[..., Checkpoint]) -> None:
+    c = speck(rms_norm_eps=0.3)
+    tokens = random_tokens(50, 24, 61)
+    weights = reference.weights_of(c.tensors)
+    assert reference.nse(all_logits(build(c, kv="f32"), tokens), reference.forward(c.config, weights, tokens)) <= BF16_NSE
+    usual = dataclasses.replace(c.config, rms_norm_eps=1e-6)
+    assert reference.nse(reference.forward(usual, weights, tokens), reference.forward(c.config, weights, tokens)) > 1e-2
+
+
 @pytest.mark.parametrize("case", tiny.CASES)
 def test_transformers(model: GetModel, case: str) -> None:
     golden = np.load(GOLDEN / f"{case}.npz")
@@ -298,9 +308,11 @@ def test_long_sequences_run_past_the_ring(speck: Callable[..., Checkpoint], spec
     assert row_nse(whole, truth).max() <= 50 * BF16_NSE
     for sizes in ([512], [1, 511], [513, 3], [700, 64], [63, 65, 1], [37]):
         assert same(steps(m, tokens, sizes), whole), sizes
-    cache = m.new_cache()
-    m.forward(tokens[:1180], cache)
-    assert same(steps(m, tokens[1180:], [1], cache), whole[1180:])
+    for threads in (1, 3):  # with several, single rows share out the blocks of keys
+        other = build(c, kv="f32", threads=threads)
+        cache = other.new_cache()
+        other.forward(tokens[:1180], cache)
+        assert same(steps(other, tokens[1180:], [1], cache), whole[1180:]), threads
     # Both sequences are longer than one pass's 512 rows.
     caches = [m.new_cache() for _ in range(3)]
     parts = [tokens, tokens[:555], tokens[:3]]
@@ -632,20 +644,22 @@ def test_cancel_before_the_call(speck_model: Any) -> None:
 
 def test_cancel_while_waiting_for_another_call(speck_model: Any) -> None:
     m = speck_model
-    long_cache, long_flag, flag = m.new_cache(), _native.CancelFlag(), _native.CancelFlag()
+    long_flag, flag = _native.CancelFlag(), _native.CancelFlag()
+    caches = [m.new_cache() for _ in range(8)]
     tokens = random_tokens(4096, 20, 61)
 
     def long_call() -> None:
-        try:
-            m.forward(tokens, long_cache, cancel=long_flag)
-        except _native.Cancelled:
-            pass
+        with contextlib.suppress(_native.Cancelled):
+            m.forward_batch([tokens] * len(caches), caches, cancel=long_flag)
 
     thread = threading.Thread(target=long_call)
     thread.start()
+    while caches[0].length == 0:
+        time.sleep(0.0002)
     flag.set()
     with pytest.raises(_native.Cancelled):
         m.forward(tokens[:1], m.new_cache(), cancel=flag)
+    assert caches[-1].length < 4096  # the other call was not waited for
     long_flag.set()
     thread.join(60)
     assert not thread.is_alive()

@@ -1,0 +1,688 @@
+"""Gemma's calls around a stand-in model (fake_native) whose tokens the tests dictate, and around tiny real checkpoints."""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fake_native
+import numpy as np
+import pytest
+import tiny
+from fake_native import BOS, CONTEXT, END, EOS, VOCAB, Model, noise, script
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gemma_native import Gemma, SamplingParams, _native
+
+WORDS = fake_native.tokenizer()
+
+
+def ids(text: str) -> list[int]:
+    return WORDS.encode(text, bos=False)
+
+
+def saying(tokens: list[int] | str, prompt: int = 1, **options: Any) -> Gemma:
+    """A Gemma that says these tokens after a prompt of so many tokens, then <eos>."""
+    return fake_native.gemma(Model(script(prompt, ids(tokens) if isinstance(tokens, str) else tokens)), **options)
+
+
+def noisy(**options: Any) -> tuple[Gemma, Model]:
+    model = Model(noise)
+    return fake_native.gemma(model, **options), model
+
+
+# --- results ---
+
+
+def test_a_text_is_continued_after_one_bos() -> None:
+    model = Model(script(2, ids(" world!")))
+    out = fake_native.gemma(model).generate("hello", temperature=0)
+    assert model.read[0] == [BOS, WORDS.id("hello")]
+    assert out.text == str(out) == " world!"
+    assert out.tokens == ids(" world!")
+    assert (out.finish_reason, out.prompt_tokens, out.logprobs) == ("stop", 2, None)
+    assert model.read[1:] == [[t] for t in out.tokens]
+
+
+def test_the_empty_text_is_bos_alone() -> None:
+    model = Model(script(1, ids("a")))
+    assert fake_native.gemma(model).generate("", temperature=0).text == "a"
+    assert model.read[0] == [BOS]
+
+
+def test_typed_control_strings_stay_text() -> None:
+    model = Model(noise)
+    fake_native.gemma(model).generate("<bos><start_of_turn>", max_tokens=1)
+    assert model.read[0][0] == BOS
+    assert not any(WORDS.is_control(t) for t in model.read[0][1:])
+
+
+def test_timings() -> None:
+    gemma = fake_native.gemma(Model(noise, before=lambda _: time.sleep(0.002)))
+    t = gemma.generate("hello", max_tokens=5).timings
+    assert t["prefill_s"] >= 0.002
+    assert t["decode_s"] >= 0.008
+    assert t["prefill_tokens_per_s"] == pytest.approx(2 / t["prefill_s"])
+    assert t["decode_tokens_per_s"] == pytest.approx(4 / t["decode_s"])
+
+
+def test_token_ids_are_used_as_given() -> None:
+    for prompt in ([7, 20, 300], (7, 20, 300), np.array([7, 20, 300]), np.array([7, 20, 300], np.uint16)):
+        gemma, model = noisy()
+        out = gemma.generate(prompt, max_tokens=2)  # type: ignore[arg-type]
+        assert model.read[0] == [7, 20, 300]
+        assert out.prompt_tokens == 3
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "message"),
+    [
+        ([VOCAB], ValueError, str(VOCAB)),
+        ([-1], ValueError, "-1"),
+        ([5, 2**40], ValueError, "rows"),
+        ([1.5], TypeError, "integer"),
+        ([True], TypeError, "integer"),
+        ([1, "a"], TypeError, "integer"),
+        (b"bytes", TypeError, "bytes"),
+        ({1: 2}, TypeError, "dict"),
+        (None, TypeError, "None"),
+        (7, TypeError, "int"),
+        ([[5], []], ValueError, "no tokens"),
+        ([5] * (CONTEXT + 1), ValueError, f"{CONTEXT + 1} tokens"),
+        ("a!" * CONTEXT, ValueError, "context"),
+    ],
+)
+def test_prompts_that_are_none(prompt: Any, error: type[Exception], message: str) -> None:
+    gemma, model = noisy()
+    with pytest.raises(error, match=message):
+        gemma.generate(prompt)
+    assert not model.steps
+
+
+# --- when it ends ---
+
+
+def test_max_tokens() -> None:
+    gemma, model = noisy()
+    out = gemma.generate("hello", max_tokens=3)
+    assert (len(out.tokens), out.finish_reason) == (3, "length")
+    assert len(model.steps) == 3  # nothing is computed past the last token
+    assert len(gemma.generate("hello", ignore_eos=True).tokens) == SamplingParams().max_tokens
+
+
+def test_a_full_context_ends_with_length() -> None:
+    gemma, model = noisy(context=10)
+    out = gemma.generate([BOS] * 4, max_tokens=100, ignore_eos=True)
+    assert (len(out.tokens), out.finish_reason) == (7, "length")  # the last one needs no place of its own
+    out = gemma.generate([BOS] * 10, max_tokens=100)
+    assert (len(out.tokens), out.finish_reason) == (1, "length")
+    with pytest.raises(ValueError, match="context of 10"):
+        gemma.generate([BOS] * 11)
+
+
+@pytest.mark.parametrize("end", [EOS, END])
+def test_end_tokens(end: int) -> None:
+    say = [*ids("a b"), end, *ids("c")]
+    out = saying(say).generate("", temperature=0)
+    assert (out.text, out.tokens, out.finish_reason) == ("a b", say[:3], "stop")
+    out = saying(say).generate("", temperature=0, ignore_eos=True, max_tokens=5)
+    assert (out.text, out.tokens, out.finish_reason) == ("a bc", say[:5], "length")
+
+
+def test_stop_tokens() -> None:
+    out = saying("a b c").generate("", temperature=0, stop_tokens=[WORDS.id("b")])
+    assert (out.text, out.finish_reason) == ("a ", "stop")
+    assert out.tokens == ids("a b c")[:2]
+    out = saying("a b c").generate("", temperature=0, stop_tokens=[WORDS.id("b")], ignore_eos=True, max_tokens=9)
+    assert out.text == "a "  # asked for by the caller, so ignore_eos does not touch them
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "reason"),
+    [
+        ("world", "hello the ", "stop"),
+        ("o t", "hell", "stop"),  # spans tokens
+        (["world", "the"], "hello ", "stop"),  # the first in the text, not in the list
+        (["the w", "he"], "", "stop"),  # of stops that begin later and earlier, the earlier
+        ("world!!", "hello the world!", "stop"),  # begun but not finished, so it is given out at the end
+        ("absent", "hello the world!", "stop"),
+        ("hello the world!", "", "stop"),
+    ],
+)
+def test_stop_strings(stop: Any, text: str, reason: str) -> None:
+    gemma = saying("hello the world!")
+    out = gemma.generate("", temperature=0, stop=stop)
+    assert (out.text, out.finish_reason) == (text, reason)
+    assert "".join(gemma.stream("", temperature=0, stop=stop)) == text
+
+
+def test_a_stop_string_saves_the_rest_of_the_work() -> None:
+    model = Model(script(1, ids("hello the world!")))
+    fake_native.gemma(model).generate("", temperature=0, stop="the")
+    assert len(model.steps) == len(ids("hello the"))
+
+
+@given(st.text("ab🦄 \n", max_size=12), st.lists(st.text("ab🦄 \n", min_size=1, max_size=4), max_size=3))
+def test_any_text_is_cut_at_its_first_stop_string(text: str, stops: list[str]) -> None:
+    gemma = saying(text)
+    found = [text.find(stop) for stop in stops if stop in text]
+    stream = gemma.stream("", temperature=0, stop=stops)
+    pieces = list(stream)
+    assert "".join(pieces) == (text[: min(found)] if found else text)
+    assert stream.result is not None
+    assert stream.result.text == "".join(pieces)
+    assert all(pieces)
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_an_unfinished_character_at_the_end() -> None:
+    out = saying(ids("a🦄")).generate("", temperature=0, max_tokens=3)
+    assert out.text == "a\ufffd\ufffd"
+
+
+# --- batches, n, seeds ---
+
+
+def test_a_batch_gives_each_prompt_what_it_gets_alone() -> None:
+    prompts: list[Any] = ["hello", [BOS, 290, 291], "", "the world", [8]]
+    settings: dict[str, Any] = dict(max_tokens=40, top_p=0.9, seed=3)
+    alone = [noisy()[0].generate(p, **settings) for p in prompts]
+    gemma, model = noisy()
+    together = gemma.generate(prompts, **settings)
+    assert [o.tokens for o in together] == [o.tokens for o in alone]
+    assert [o.text for o in together] == [o.text for o in alone]
+    assert [o.finish_reason for o in together] == [o.finish_reason for o in alone]
+    assert model.steps[0] == 5
+    assert gemma.generate(["hello"], **settings)[0].tokens == alone[0].tokens
+    assert gemma.generate(prompts[::-1], **settings)[-1].tokens == alone[0].tokens  # whatever its place
+
+
+def test_sequences_leave_the_batch_as_they_finish() -> None:
+    def logits(so_far: list[int]) -> np.ndarray:
+        return script(1, [20] * so_far[0])(so_far)
+
+    model = Model(logits)
+    outs = fake_native.gemma(model).generate([[12], [14], [13]], temperature=0, max_tokens=99)
+    assert [len(o.tokens) for o in outs] == [12, 14, 13]
+    assert model.steps == [3] * 13 + [2, 1]
+
+
+def test_n() -> None:
+    gemma, _ = noisy()
+    one = gemma.generate("hello", max_tokens=12, seed=4)
+    several = gemma.generate("hello", max_tokens=12, seed=4, n=3)
+    assert several[0].tokens == one.tokens
+    assert len({tuple(o.tokens) for o in several}) == 3
+    grouped = gemma.generate(["hello", "the"], max_tokens=12, seed=4, n=3)
+    assert [o.tokens for o in grouped[0]] == [o.tokens for o in several]
+    assert len(grouped[1]) == 3
+
+
+def test_seed() -> None:
+    gemma, _ = noisy()
+    assert gemma.generate("hello", seed=1).tokens == gemma.generate("hello", seed=1).tokens
+    assert gemma.generate("hello", seed=1).tokens != gemma.generate("hello", seed=2).tokens
+    assert gemma.generate("hello").tokens != gemma.generate("hello").tokens
+
+
+def test_only_what_is_needed_is_asked_of_the_model() -> None:
+    for settings, k in (({"temperature": 0}, 1), ({"top_k": 9}, 9), ({"top_k": 900}, VOCAB), ({}, None), ({"top_k": 9, "logprobs": 1}, None)):
+        gemma, model = noisy()
+        gemma.generate("hello", max_tokens=2, **settings)
+        assert model.top_k == [k, k]
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"top_k": 5}, {"top_k": 900}, {"top_k": 20, "top_p": 0.8, "min_p": 0.1, "temperature": 2.0}])
+def test_logprobs_do_not_change_the_text(settings: dict[str, Any]) -> None:
+    gemma, _ = noisy()
+    a = gemma.generate("hello", seed=1, max_tokens=30, **settings)
+    b = gemma.generate("hello", seed=1, max_tokens=30, logprobs=2, **settings)
+    assert a.tokens == b.tokens
+
+
+def test_logprobs_are_the_raw_models() -> None:
+    gemma, _ = noisy()
+    out = gemma.generate([BOS], max_tokens=6, seed=1, logprobs=3, temperature=2.0, top_k=50, logit_bias={290: 3.0}, presence_penalty=1.0)
+    assert out.logprobs is not None
+    assert [entry.token for entry in out.logprobs] == out.tokens
+    for i, entry in enumerate(out.logprobs):
+        row = noise([BOS, *out.tokens[:i]]).astype(np.float64)
+        logs = row - np.log(np.exp(row).sum())
+        assert entry.logprob == pytest.approx(logs[entry.token], abs=1e-5)
+        assert [t for t, _ in entry.top] == list(np.argsort(-logs)[:3])
+        assert [v for _, v in entry.top] == pytest.approx(sorted(logs)[::-1][:3], abs=1e-5)
+
+
+def test_settings_reach_the_sampler() -> None:
+    gemma, _ = noisy()
+    assert set(gemma.generate("hello", max_tokens=5, temperature=0, logit_bias={290: 90.0}).tokens) == {290}
+    tokens = gemma.generate("hello", max_tokens=30, temperature=0, presence_penalty=2.0, logit_bias=dict.fromkeys(range(280, 290), 40.0)).tokens
+    assert set(tokens[:10]) == set(range(280, 290))
+    row = noise([BOS])
+    best = int(row.argmax())
+    assert gemma.generate([BOS], temperature=0, max_tokens=1).tokens == [best]
+    assert gemma.generate([BOS, best][:1], SamplingParams(temperature=0, max_tokens=1), logit_bias={best: -90.0}).tokens != [best]
+
+
+def test_wrong_settings() -> None:
+    gemma, model = noisy()
+    for call in (gemma.generate, gemma.stream, gemma.chat().send, gemma.chat().stream):
+        with pytest.raises(TypeError, match="max_tokens"):
+            call("hello", max_token=3)
+        with pytest.raises(ValueError, match="temperature"):
+            call("hello", temperature=-1)
+        with pytest.raises(TypeError, match="SamplingParams"):
+            call("hello", {"temperature": 1})  # type: ignore[call-overload,arg-type]
+    with pytest.raises(ValueError, match="logit_bias"):
+        gemma.generate("hello", logit_bias={VOCAB: 1.0})
+    assert not model.steps
+
+
+# --- streams ---
+
+
+def test_a_stream_gives_the_same_text() -> None:
+    gemma, _ = noisy()
+    out = gemma.generate("hello", max_tokens=60, seed=2, stop="lo")
+    stream = gemma.stream("hello", max_tokens=60, seed=2, stop="lo")
+    assert iter(stream) is stream
+    assert stream.result is None
+    assert "".join(stream) == out.text
+    assert stream.result is not None
+    assert stream.result.tokens == out.tokens
+    assert stream.result.finish_reason == out.finish_reason
+    assert list(stream) == []
+
+
+def test_nothing_is_computed_ahead() -> None:
+    gemma, model = noisy()
+    stream = gemma.stream("hello", max_tokens=50)
+    assert model.steps == []
+    next(stream)
+    steps = len(model.steps)
+    assert steps < 10
+    stream.close()
+    assert len(model.steps) == steps
+    assert stream.result is not None
+    assert stream.result.finish_reason == "cancelled"
+    assert list(stream) == []
+    stream.close()
+
+
+def test_cancel_ends_the_loop() -> None:
+    gemma, _ = noisy()
+    for cancel in (lambda s: s.cancel(), lambda s: gemma.cancel()):
+        stream = gemma.stream("hello", max_tokens=500, ignore_eos=True)
+        pieces = []
+        for piece in stream:
+            pieces.append(piece)
+            if len(pieces) == 5:
+                cancel(stream)
+        assert stream.result is not None
+        assert stream.result.finish_reason == "cancelled"
+        assert stream.result.text == "".join(pieces)
+        assert len(stream.result.tokens) < 40
+    assert gemma.generate("hello", max_tokens=3).finish_reason == "length"
+
+
+def test_a_stream_has_one_prompt_and_one_answer() -> None:
+    gemma, _ = noisy()
+    with pytest.raises(ValueError, match="n"):
+        gemma.stream("hello", n=2)
+    with pytest.raises(TypeError, match="one prompt"):
+        gemma.stream(["hello", "the"])  # type: ignore[arg-type]
+
+
+class Gate:
+    """Lets a test stop inside a model step: `entered` is set there, and the step goes on when `flag` or `open` is."""
+
+    def __init__(self, at: int = 1) -> None:
+        self.entered, self.open = threading.Event(), threading.Event()
+        self.count, self.at = 0, at
+
+    def __call__(self, tokens: Any) -> None:
+        self.count += 1
+        if self.count == self.at:
+            self.entered.set()
+            assert self.open.wait(20)
+
+
+def in_thread(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
+    out: list[Any] = []
+
+    def run() -> None:
+        try:
+            out.append(work())
+        except BaseException as error:  # the test looks at it
+            out.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread, out
+
+
+@pytest.mark.parametrize("at", [1, 4])
+def test_cancel_from_another_thread(at: int) -> None:
+    gate = Gate(at)
+    gemma = fake_native.gemma(Model(noise, gate))
+    thread, out = in_thread(lambda: gemma.generate(["hello", "the"], max_tokens=100, ignore_eos=True))
+    assert gate.entered.wait(20)
+    gemma.cancel()
+    gate.open.set()
+    thread.join(20)
+    assert [o.finish_reason for o in out[0]] == ["cancelled"] * 2
+    assert [len(o.tokens) for o in out[0]] == [at - 1] * 2
+    assert gemma.generate("hello", max_tokens=3).finish_reason == "length"
+
+
+def test_close_of_a_stream_from_another_thread() -> None:
+    gate = Gate(2)
+    gemma = fake_native.gemma(Model(noise, gate))
+    stream = gemma.stream("hello", max_tokens=100, ignore_eos=True)
+    thread, out = in_thread(lambda: list(stream))
+    assert gate.entered.wait(20)
+    stream.close()
+    gate.open.set()
+    thread.join(20)
+    assert isinstance(out[0], list), out
+    assert stream.result is not None
+    assert stream.result.finish_reason == "cancelled"
+
+
+def test_an_interrupt_leaves_everything_usable() -> None:
+    count = [0]
+
+    def interrupt(_: Any) -> None:
+        count[0] += 1
+        if count[0] == 3:
+            raise KeyboardInterrupt
+
+    gemma = fake_native.gemma(Model(noise, interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        gemma.generate("hello", ignore_eos=True)
+    count[0] = 0
+    stream = gemma.stream("hello", ignore_eos=True)
+    with pytest.raises(KeyboardInterrupt):
+        list(stream)
+    assert stream.result is not None
+    assert stream.result.finish_reason == "cancelled"
+    assert list(stream) == []
+    assert not gemma._running
+    count[0] = 9
+    assert gemma.generate("hello", max_tokens=3).finish_reason == "length"
+
+
+def test_no_flag_stays_behind() -> None:
+    gemma, _ = noisy()
+    gemma.generate("hello", max_tokens=2)
+    gemma.score("hello")
+    list(gemma.stream("hello", max_tokens=2))
+    for _ in gemma.stream("hello", max_tokens=200):
+        break
+    assert not gemma._running
+
+
+def test_threads_share_one_gemma() -> None:
+    gemma, _ = noisy()
+    prompts = ["hello", "the", "world", "a"]
+    alone = [gemma.generate(p, seed=1, max_tokens=40).tokens for p in prompts]
+    threads = [in_thread(lambda p=p: [gemma.generate(p, seed=1, max_tokens=40).tokens for _ in range(5)]) for p in prompts]  # type: ignore[misc]
+    for (thread, out), tokens in zip(threads, alone, strict=True):
+        thread.join(60)
+        assert out == [[tokens] * 5]
+
+
+def test_after_close_calls_say_so() -> None:
+    gemma, _ = noisy()
+    chat, stream = gemma.chat(), gemma.stream("hello", max_tokens=99)
+    next(stream)
+    with gemma as same:
+        assert same is gemma
+    calls: list[Callable[[], Any]] = [
+        lambda: gemma.generate("hello"), lambda: gemma.stream("hello"), lambda: gemma.score("hello"), lambda: chat.send("a"),
+        lambda: gemma.model,
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(RuntimeError, match="closed"):
+            call()
+    list(stream)
+    assert stream.result is not None
+    assert stream.result.finish_reason == "cancelled"
+    gemma.close()
+
+
+# --- without words, with too many of them ---
+
+
+def test_without_a_tokenizer_only_text_fails() -> None:
+    gemma = fake_native.gemma(Model(noise), words=None)
+    out = gemma.generate([BOS], max_tokens=3)
+    assert len(out.tokens) == 3
+    assert len(gemma.score([BOS, 20]).logprobs) == 1
+    calls: list[Callable[[], Any]] = [
+        lambda: out.text, lambda: gemma.generate("hello"), lambda: gemma.stream([BOS]), lambda: gemma.chat(),
+        lambda: gemma.score("a"), lambda: gemma.generate([BOS], stop="a"), lambda: gemma.tokenizer, lambda: gemma.infill("a", "b"),
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(ValueError, match="tokenizer"):
+            call()
+
+
+# --- score ---
+
+
+def test_score() -> None:
+    gemma, _ = noisy()
+    score = gemma.score("hello the")
+    assert score.tokens == [BOS, *ids("hello the")]
+    for i, value in enumerate(score.logprobs):
+        row = noise(score.tokens[: i + 1]).astype(np.float64)
+        assert value == pytest.approx(row[score.tokens[i + 1]] - np.log(np.exp(row).sum()), abs=1e-4)
+    assert score.perplexity == pytest.approx(math.exp(-float(np.mean(score.logprobs))))
+    assert gemma.score(score.tokens).perplexity == score.perplexity
+    for bad in ("", [BOS]):
+        with pytest.raises(ValueError, match="two tokens"):
+            gemma.score(bad)
+    with pytest.raises(ValueError, match="context"):
+        gemma.score([BOS] * (CONTEXT + 1))
+
+
+# --- infill ---
+
+
+def test_infill() -> None:
+    names = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|file_separator|>"]
+    prefix, suffix, middle, separator = (WORDS.id(name) for name in names)
+    for end in (prefix, suffix, middle, separator, EOS):
+        prompt = [BOS, prefix, *ids("the "), suffix, *ids(" a"), middle]
+        model = Model(script(len(prompt), [*ids("world"), end, *ids("a")]))
+        out = fake_native.gemma(model).infill("the ", " a", temperature=0)
+        assert model.read[0] == prompt
+        assert (out.text, out.finish_reason) == ("world", "stop")
+    assert fake_native.gemma(Model(noise)).infill("", "<|fim_suffix|>", max_tokens=1).prompt_tokens > 5
+
+
+# --- loading, with real tiny checkpoints ---
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tiny.write_hf(tmp_path_factory.mktemp("load"), "gemma3-mqa", 1)
+    (folder / "tokenizer.model").write_bytes(WORDS.proto)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def real(folder: Path) -> Gemma:
+    return Gemma.load(folder, device="cpu", threads=2)
+
+
+def test_a_real_checkpoint_from_text_to_text(real: Gemma) -> None:
+    prompts = ["hello world", "the", "", "a b c d e " * 20]
+    for settings in ({"temperature": 0}, {"seed": 1, "top_k": 20}, {"seed": 1, "top_p": 0.9}):
+        alone = [real.generate(p, max_tokens=12, **settings) for p in prompts]
+        assert [o.tokens for o in real.generate(prompts, max_tokens=12, **settings)] == [o.tokens for o in alone]
+        for prompt, out in zip(prompts, alone, strict=True):
+            stream = real.stream(prompt, max_tokens=12, **settings)
+            assert "".join(stream) == out.text
+    cache = real.model.new_cache()
+    tokens = WORDS.encode("hello world")
+    out = real.generate(tokens, max_tokens=8, temperature=0, ignore_eos=True)
+    found = []
+    step = tokens
+    for _ in range(8):
+        step = [int(np.argmax(real.model.forward(step, cache)))]
+        found += step
+    assert out.tokens == found
+
+
+def test_score_of_a_real_checkpoint_agrees_with_logprobs(real: Gemma) -> None:
+    out = real.generate("hello", max_tokens=10, seed=1, logprobs=0, ignore_eos=True)
+    assert out.logprobs is not None
+    scored = real.score(WORDS.encode("hello") + out.tokens).logprobs[-len(out.tokens) :]
+    assert [entry.logprob for entry in out.logprobs] == pytest.approx(list(scored), abs=1e-4)
+
+
+def test_pickle_goes_by_source(real: Gemma) -> None:
+    data = pickle.dumps(real)
+    assert len(data) < 1000
+    with pickle.loads(data) as again:
+        assert again.generate("hello", max_tokens=5, temperature=0).tokens == real.generate("hello", max_tokens=5, temperature=0).tokens
+        assert again.model.threads == real.model.threads
+
+
+def test_cancel_during_a_real_prefill(real: Gemma) -> None:
+    thread, out = in_thread(lambda: real.generate([BOS] * 1500, max_tokens=500, ignore_eos=True))
+    while thread.is_alive():  # the call may not have begun yet
+        real.cancel()
+        time.sleep(0.005)
+    assert out[0].finish_reason == "cancelled"
+    assert real.generate("hello", max_tokens=3, ignore_eos=True).finish_reason == "length"
+
+
+def test_load_options(folder: Path) -> None:
+    with Gemma.load(str(folder), device="cpu", context=12, kv="f32", threads=1) as gemma:
+        assert gemma.model.kv == "f32"
+        assert gemma.model.threads == 1
+        assert len(gemma.generate([BOS] * 10, ignore_eos=True).tokens) == 3
+        assert gemma.config.context_length == 2048
+    for options, error, name in [
+        ({"context": 0}, ValueError, "context"), ({"context": 2049}, ValueError, "2048"), ({"context": 1.5}, TypeError, "context"),
+        ({"device": "tpu"}, ValueError, "tpu"), ({"weights": "int3"}, ValueError, "int3"), ({"kv": "f16"}, ValueError, "f16"),
+        ({"threads": 0}, ValueError, "threads"), ({"threads": -2}, ValueError, "threads"),
+    ]:  # fmt: skip
+        with pytest.raises(error, match=name):
+            Gemma.load(folder, **{"device": "cpu", **options})  # type: ignore[arg-type]
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        Gemma.load(folder / "nowhere")
+    if _native.cuda_status():
+        with pytest.raises(RuntimeError):
+            Gemma.load(folder, device="cuda")
+        with Gemma.load(folder) as gemma:
+            assert gemma.model.device == "cpu"
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4", "bf16"])
+def test_weights_and_progress(folder: Path, weights: Any) -> None:
+    calls: list[tuple[int, int]] = []
+    with Gemma.load(folder, device="cpu", weights=weights, progress=lambda done, total: calls.append((done, total))) as gemma:
+        gemma.generate("hello", max_tokens=2)
+        encoding = gemma.model.encodings()["model.layers.0.mlp.gate_proj.weight"]
+    assert (encoding == "BF16") == (weights == "bf16")
+    if weights != "bf16":  # used where it lies, so there is nothing to tell
+        assert calls
+        assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+        assert calls[-1][0] <= calls[-1][1]
+
+
+def test_a_tokenizer_larger_than_the_embedding_warns(tmp_path: Path) -> None:
+    folder = tiny.write_hf(tmp_path / "m", "gemma-mqa", 1, vocab_size=295)
+    (folder / "tokenizer.model").write_bytes(WORDS.proto)
+    with pytest.warns(UserWarning, match="295 rows"):
+        gemma = Gemma.load(folder, device="cpu")
+        gemma.tokenizer  # noqa: B018
+    assert WORDS.vocab_size > 295
+    with pytest.raises(ValueError, match="295"):
+        gemma.generate(WORDS.decode([WORDS.vocab_size - 1]))
+    assert gemma.generate("hello"[:1], max_tokens=2).prompt_tokens == 2
+
+
+def test_a_directory_without_a_tokenizer_loads(tmp_path: Path) -> None:
+    folder = tiny.write_hf(tmp_path / "m", "gemma-mqa", 1)
+    with Gemma.load(folder, device="cpu") as gemma:
+        assert len(gemma.generate([BOS, 5], max_tokens=4, ignore_eos=True).tokens) == 4
+        with pytest.raises(ValueError, match="tokenizer"):
+            gemma.generate("hello")
+
+
+def run(code: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60, **options)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_after_fork_a_call_works_or_raises(folder: Path) -> None:
+    code = """
+import os, sys, warnings
+from gemma_native import Gemma
+warnings.simplefilter("ignore")
+gemma = Gemma.load(sys.argv[1], device="cpu", threads=2)
+before = gemma.generate("hello", max_tokens=5, temperature=0).tokens
+child = os.fork()
+if not child:
+    try:
+        ok = gemma.generate("hello", max_tokens=5, temperature=0).tokens == before
+    except RuntimeError:
+        ok = True
+    os._exit(0 if ok else 3)
+status = os.waitpid(child, 0)[1]
+assert gemma.generate("hello", max_tokens=5, temperature=0).tokens == before
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+    out = run(code, str(folder))
+    assert out.returncode == 0, out.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals to send")
+def test_ctrl_c_during_a_prefill(folder: Path) -> None:
+    code = """
+import os, signal, sys, threading, time
+from gemma_native import Gemma
+gemma = Gemma.load(sys.argv[1], device="cpu", threads=1)
+threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    while True:
+        gemma.generate([2] * 2000, max_tokens=1)
+except KeyboardInterrupt:
+    print(gemma.generate("hello", max_tokens=3, ignore_eos=True).finish_reason)
+"""
+    out = run(code, str(folder))
+    assert (out.returncode, out.stdout.strip()) == (0, "length"), out.stderr
+    assert signal.SIGINT
+
+
+def test_import_is_light() -> None:
+    code = "import sys, gemma_native; gemma_native.SamplingParams; print(*sys.modules)"
+    loaded = set(run(code).stdout.split())
+    assert "gemma_native" in loaded
+    assert not loaded & {"sentencepiece", "tqdm", "huggingface_hub", "gguf", "safetensors"}
+
+
+def test_chat_on_base_weights_says_so_once() -> None:
+    gemma = saying("a", template=None)
+    with pytest.warns(UserWarning, match="base"):
+        gemma.chat()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gemma.chat()
+        saying("a").chat()
