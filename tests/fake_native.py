@@ -63,7 +63,9 @@ class Model:
 
     device, isa, threads = "cpu", "scalar", 1
 
-    def __init__(self, logits: Callable[[list[int]], np.ndarray], before: Callable[[Any], object] | None = None) -> None:
+    def __init__(
+        self, logits: Callable[[list[int]], np.ndarray], before: Callable[[Any], object] | None = None
+    ) -> None:
         self.logits = logits
         self.before = before
         self.read: list[list[int]] = []  # every list of tokens that was appended to a cache
@@ -97,7 +99,12 @@ class Model:
         return ids, np.take_along_axis(rows, ids, 1)
 
     def forward(
-        self, tokens: Sequence[int], cache: Cache, all_logits: bool = False, *, top_k: int | None = None,
+        self,
+        tokens: Sequence[int],
+        cache: Cache,
+        all_logits: bool = False,
+        *,
+        top_k: int | None = None,
         cancel: Any = None,
     ) -> Any:
         assert not all_logits

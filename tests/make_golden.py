@@ -21,7 +21,7 @@ import tiny
 GOLDEN = Path(__file__).parent / "golden"
 DATA = Path(__file__).parent / "data"
 SEED = 2026
-PROMPT = 60  # tokens; longer than every window in tiny.CASES
+PROMPT = 56  # tokens; longer than every window in tiny.CASES
 CONTINUED = 12  # greedy tokens after it
 SLICE = 64  # rows of 262,144 logits at a time
 

@@ -195,7 +195,7 @@ def test_an_answer_cut_by_max_tokens_goes_on_in_the_history() -> None:
     chat, model, _ = conversation("a b c", "the")
     assert chat.send("a", max_tokens=2, **GREEDY).text == "a "
     assert chat.send("b", **GREEDY).text == "the"
-    assert "a <end_of_turn>\n<start_of_turn>user" in "".join(WORDS.piece(t).replace("▁", " ") for t in seen(model))
+    assert "a <end_of_turn>\n<start_of_turn>" in "".join(WORDS.piece(t).replace("▁", " ") for t in seen(model))
 
 
 def test_what_a_stop_string_cut_is_not_in_the_history() -> None:
@@ -203,7 +203,7 @@ def test_what_a_stop_string_cut_is_not_in_the_history() -> None:
     assert chat.send("a", stop="!", **GREEDY).text == "a b"
     assert chat.send("c", **GREEDY).text == "the"
     final = "".join(WORDS.piece(t).replace("▁", " ") for t in chat._tokens)
-    assert "model\na b<end_of_turn>\n<start_of_turn>user" in final
+    assert "odel\na b<end_of_turn>\n<start_of_turn>" in final
 
 
 def test_wrong_arguments() -> None:
@@ -221,7 +221,11 @@ def test_a_vocabulary_without_turns() -> None:
     from gemma_native.tokenizer import Tokenizer
 
     def words() -> Tokenizer:
-        return Tokenizer.from_pieces(*([part[i] for i in keep] for part in (fake_native.PIECES, fake_native.SCORES, fake_native.TYPES)), bos=2, eos=1)  # type: ignore[misc]
+        return Tokenizer.from_pieces(
+            *([part[i] for i in keep] for part in (fake_native.PIECES, fake_native.SCORES, fake_native.TYPES)),
+            bos=2,
+            eos=1,
+        )  # type: ignore[misc]
 
     with pytest.raises(ValueError, match="start_of_turn"):
         fake_native.gemma(Model(noise), words=words).chat()

@@ -223,7 +223,22 @@ def test_refused_architectures() -> None:
         config_from_hf({"model_type": "gemma3", "text_config": [1]}, "x")
 
 
-ABSURD: list[Any] = [0, -1, 1 << 40, 10**400, -(10**400), 1.5, 1e300, math.nan, math.inf, -math.inf, True, "8", [8], {"a": 8}]
+ABSURD: list[Any] = [
+    0,
+    -1,
+    1 << 40,
+    10**400,
+    -(10**400),
+    1.5,
+    1e300,
+    math.nan,
+    math.inf,
+    -math.inf,
+    True,
+    "8",
+    [8],
+    {"a": 8},
+]
 INTEGERS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "max_position_embeddings", "sliding_window", "sliding_window_pattern",
@@ -291,7 +306,11 @@ def test_absurd_packed_configs(value: Any) -> None:
             assert str(error).startswith("file: ")
             continue
         # The few that mean something: a flag, an offset or cap of none, odd but positive numbers.
-        assert isinstance(value, bool) or value in (0, 1.5, 1 << 40) or (isinstance(value, list) and name == "eos_token_ids"), (
+        assert (
+            isinstance(value, bool)
+            or value in (0, 1.5, 1 << 40)
+            or (isinstance(value, list) and name == "eos_token_ids")
+        ), (
             name,
             c,
         )
@@ -368,7 +387,13 @@ def test_gguf_query_scales_of_the_27b() -> None:
 
 def test_gguf_defaults() -> None:
     c = from_gguf("gemma2", attention__sliding_window=None)
-    assert (c.attn_softcap, c.final_softcap, c.sliding_window, c.rope_base, c.rope_base_local) == (50, 30, 4096, 1e4, 1e4)
+    assert (c.attn_softcap, c.final_softcap, c.sliding_window, c.rope_base, c.rope_base_local) == (
+        50,
+        30,
+        4096,
+        1e4,
+        1e4,
+    )
     assert c.sliding_layers == (True, False) * 9
     assert from_gguf("gemma2", attn_logit_softcapping=0.0).attn_softcap == 0
     c = from_gguf("gemma", attention__sliding_window=None)
@@ -417,7 +442,13 @@ def test_gguf_refusals() -> None:
 @pytest.mark.parametrize("value", [*ABSURD, np.array([1, 2]), [b"a"]], ids=lambda v: f"{v!r:.12}")
 def test_gguf_absurd_values_of_every_field(arch: str, value: Any) -> None:
     names = [k.split(".", 1)[1] for k in metadata(arch) if k.startswith(arch + ".")]
-    names += ["rope.freq_base", "rope.freq_base_swa", "rope.scaling.factor", "attn_logit_softcapping", "final_logit_softcapping"]
+    names += [
+        "rope.freq_base",
+        "rope.freq_base_swa",
+        "rope.scaling.factor",
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+    ]
     for name in names:
         changes = {name: value, "rope.scaling.type": "linear", "rope.scaling.factor": 8.0} | {name: value}
         try:
@@ -426,6 +457,8 @@ def test_gguf_absurd_values_of_every_field(arch: str, value: Any) -> None:
             assert str(error).startswith("file.gguf: ")
             continue
         unused = (arch == "gemma" and "sliding" in name) or (arch != "gemma3" and name == "rope.freq_base_swa")
-        meant = not isinstance(value, (bool, np.ndarray)) and (value in (0, 1.5) or (value == 1 << 40 and "freq_base" in name))
+        meant = not isinstance(value, (bool, np.ndarray)) and (
+            value in (0, 1.5) or (value == 1 << 40 and "freq_base" in name)
+        )
         assert unused or meant, f"{name} = {value!r:.30} was accepted"
         assert math.isfinite(c.query_scale)

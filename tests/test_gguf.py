@@ -62,7 +62,11 @@ def test_reads_what_the_gguf_package_writes(written: Path) -> None:
     assert (m["a.f32"], m["a.f64"], m["a.yes"], m["a.no"], m["a.text"]) == (0.5, 0.1, True, False, "grün ▁ 🦊")
     assert all(type(m[k]) is t for k, t in (("a.u8", int), ("a.f32", float), ("a.yes", bool), ("a.text", str)))
     assert m["a.strings"] == [b"", b"a", "▁the".encode()]
-    assert m["a.ints"].tolist() == [1, -2, 3] and m["a.floats"].tolist() == [0.5, -1] and m["a.flags"].tolist() == [True, False]
+    assert (
+        m["a.ints"].tolist() == [1, -2, 3]
+        and m["a.floats"].tolist() == [0.5, -1]
+        and m["a.flags"].tolist() == [True, False]
+    )
     reader = gguf.GGUFReader(written)
     assert {t.name for t in reader.tensors} == set(file.tensors) == {"matrix", "half", "eight"}
     for t in reader.tensors:
@@ -261,7 +265,12 @@ def test_absurd_alignments(tmp_path: Path, value: int) -> None:
 
 def test_alignments(tmp_path: Path) -> None:
     path = tmp_path / "f.gguf"
-    for kind, payload in ((STRING, text("32")), (BOOL, b"\1"), (F32, struct.pack("<f", 32)), (U64, struct.pack("<Q", 1 << 63))):
+    for kind, payload in (
+        (STRING, text("32")),
+        (BOOL, b"\1"),
+        (F32, struct.pack("<f", 32)),
+        (U64, struct.pack("<Q", 1 << 63)),
+    ):
         refused(build(path, [key("general.alignment", kind, payload)]), "general.alignment")
     refused(build(path, [key("general.alignment", ARRAY, struct.pack("<IQI", U32, 1, 32))]), "general.alignment")
     # So far that the data lie past the end.

@@ -14,7 +14,11 @@ from gemma_native import _native
 T = _native.testing
 EPS = 2.0**-24  # half a unit in the last place of float32
 BLOCK = {"Q8_0": 32, "Q4_0": 32, "Q4_1": 32, "Q5_0": 32, "Q5_1": 32, "Q4_K": 256, "Q5_K": 256, "Q6_K": 256}
-SIZES = {k: (n, v) for k, (n, v) in {q.name: gguf.GGML_QUANT_SIZES[q] for q in gguf.GGMLQuantizationType}.items() if k in BLOCK}
+SIZES = {
+    k: (n, v)
+    for k, (n, v) in {q.name: gguf.GGML_QUANT_SIZES[q] for q in gguf.GGMLQuantizationType}.items()
+    if k in BLOCK
+}
 
 
 def random_blocks(name: str, rows: int, k: int, rng: np.random.Generator) -> bytes:
@@ -22,7 +26,16 @@ def random_blocks(name: str, rows: int, k: int, rng: np.random.Generator) -> byt
     block, size = SIZES[name]
     n = rows * k // block
     raw = rng.integers(0, 256, (n, size), dtype=np.uint8)
-    halves = {"Q8_0": [0], "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
+    halves = {
+        "Q8_0": [0],
+        "Q4_0": [0],
+        "Q4_1": [0, 2],
+        "Q5_0": [0],
+        "Q5_1": [0, 2],
+        "Q4_K": [0, 2],
+        "Q5_K": [0, 2],
+        "Q6_K": [208],
+    }
     for at in halves[name]:
         scale = (rng.uniform(0.5, 1.5, n) * rng.choice([-1, 1], n) * 0.01).astype(np.float16)
         raw[:, at : at + 2] = scale.view(np.uint8).reshape(n, 2)

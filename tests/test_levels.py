@@ -48,7 +48,13 @@ def run(level: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     paths = os.pathsep.join([str(HERE), *(p for p in sys.path if p)])
     environment = {**os.environ, VARIABLE: level, "PYTHONPATH": paths}
     return subprocess.run(
-        [sys.executable, *arguments], env=environment, cwd=HERE, capture_output=True, text=True, timeout=600, check=False
+        [sys.executable, *arguments],
+        env=environment,
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
 
 

@@ -32,7 +32,9 @@ def expect(found: dict[int, float], wanted: dict[int, float], n: int = DRAWS) ->
         assert abs(found.get(token, 0) - p) <= 5 * (p * (1 - p) / n) ** 0.5, (token, found, wanted)
 
 
-def tokens(count: int, logits: np.ndarray = LOGITS, prompt: list[int] | None = None, index: int = 0, **settings: Any) -> list[int]:
+def tokens(
+    count: int, logits: np.ndarray = LOGITS, prompt: list[int] | None = None, index: int = 0, **settings: Any
+) -> list[int]:
     sampler = Sampler(SamplingParams(**settings), prompt or [], index)
     return [sampler.choose(logits) for _ in range(count)]
 
@@ -83,7 +85,9 @@ def test_min_p_keeps_every_equal_of_the_best() -> None:
 
 
 def test_logit_bias() -> None:
-    expect(draw(logit_bias={0: -np.inf, 1: float(np.log(3))}), {1: 0.3 / 0.8, 2: 0.3 / 0.8, 3: 0.15 / 0.8, 4: 0.05 / 0.8})
+    expect(
+        draw(logit_bias={0: -np.inf, 1: float(np.log(3))}), {1: 0.3 / 0.8, 2: 0.3 / 0.8, 3: 0.15 / 0.8, 4: 0.05 / 0.8}
+    )
     assert tokens(1, temperature=0, logit_bias={4: 50}) == [4]
     assert tokens(1, temperature=0, top_k=1, logit_bias={0: -50}) == [2]
     # On the raw logits, so before a penalty divides: (1 + 2) / 2 beats 1.4; 1 / 2 + 2 would also, but (1 + 0.9) / 2 does not.
@@ -180,7 +184,17 @@ def test_a_ban_on_everything_is_an_error(settings: dict[str, Any]) -> None:
 
 def test_the_logits_are_left_alone() -> None:
     row = LOGITS.copy()
-    tokens(3, row, prompt=[1], logit_bias={0: 1.0}, repetition_penalty=1.5, presence_penalty=1, frequency_penalty=1, top_p=0.9, min_p=0.1)
+    tokens(
+        3,
+        row,
+        prompt=[1],
+        logit_bias={0: 1.0},
+        repetition_penalty=1.5,
+        presence_penalty=1,
+        frequency_penalty=1,
+        top_p=0.9,
+        min_p=0.1,
+    )
     assert np.array_equal(row, LOGITS)
 
 

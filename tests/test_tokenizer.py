@@ -24,7 +24,13 @@ from gemma_native.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED,
 
 MARKERS = ["<start_of_turn>", "<end_of_turn>", "<mask>", "<unused0>", "<unused1>", "[multimodal]", "<|fim_prefix|>"]
 LITERALS = ["\n", "\n\n", "\t", "\t\t", "▁▁", "▁▁▁", "<b>", "</b>", "<table>"]
-TEXTS = ["the cat sat on the mat", "hello world, 1234 times", "def f(x):\n    return x", "straße été naïve", "  two  spaces"]
+TEXTS = [
+    "the cat sat on the mat",
+    "hello world, 1234 times",
+    "def f(x):\n    return x",
+    "straße été naïve",
+    "  two  spaces",
+]
 
 
 def train() -> bytes:
@@ -47,9 +53,10 @@ SMALL = fake_native.tokenizer()
 characters = st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")
 texts = st.one_of(
     st.text(characters, max_size=60),
-    st.lists(st.sampled_from([*LITERALS, " ", "   ", "the", " cat", "1", "<", "é", "\u0301", "🦄", "\0", "[", "]"]), max_size=20).map(
-        lambda parts: "".join(parts).replace("\u2581", " ")
-    ),
+    st.lists(
+        st.sampled_from([*LITERALS, " ", "   ", "the", " cat", "1", "<", "é", "\u0301", "🦄", "\0", "[", "]"]),
+        max_size=20,
+    ).map(lambda parts: "".join(parts).replace("\u2581", " ")),
 )
 
 
@@ -70,7 +77,9 @@ def test_text_encodes_as_sentencepiece_does_and_comes_back(text: str) -> None:
     assert SMALL.decode(SMALL.encode(text)) == text
 
 
-@given(st.lists(st.one_of(st.sampled_from([*MARKERS, "<bos>", "<eos>", "<pad>", "<unk>"]), texts), max_size=8).map("".join))
+@given(
+    st.lists(st.one_of(st.sampled_from([*MARKERS, "<bos>", "<eos>", "<pad>", "<unk>"]), texts), max_size=8).map("".join)
+)
 def test_no_text_becomes_a_control_token(text: str) -> None:
     for tokenizer in (TRAINED, SMALL):
         ids = tokenizer.encode(text, bos=False)
@@ -165,11 +174,19 @@ def test_space_prefix() -> None:
 
 def parts(model: bytes = MODEL) -> dict[str, Any]:
     plain = sentencepiece.SentencePieceProcessor(model_proto=model)
-    kind = {**dict.fromkeys(MARKERS + LITERALS, USER_DEFINED), **dict.fromkeys(["<pad>", "<eos>", "<bos>"], CONTROL), "<unk>": CONTROL}
+    kind = {
+        **dict.fromkeys(MARKERS + LITERALS, USER_DEFINED),
+        **dict.fromkeys(["<pad>", "<eos>", "<bos>"], CONTROL),
+        "<unk>": CONTROL,
+    }
     tokens = [plain.id_to_piece(i) for i in range(plain.vocab_size())]
     types = [BYTE if plain.is_byte(i) else kind.get(t, NORMAL) for i, t in enumerate(tokens)]
     scores = np.array([plain.get_score(i) for i in range(len(tokens))], np.float32)
-    return dict(tokens=[t.replace("▁", " ") if set(t) == {"▁"} and len(t) > 1 else t for t in tokens], scores=scores, types=types)
+    return dict(
+        tokens=[t.replace("▁", " ") if set(t) == {"▁"} and len(t) > 1 else t for t in tokens],
+        scores=scores,
+        types=types,
+    )
 
 
 @given(texts)
@@ -191,7 +208,11 @@ def as_json() -> dict[str, Any]:
         if plain["types"][i] == NORMAL and len(t) > 1:
             cuts = [(t[:k], t[k:]) for k in range(1, len(t)) if t[:k] in ids and t[k:] in ids]
             merges += [(-plain["scores"][i], ids[a], ids[b], a, b) for a, b in cuts]
-    added = [{"id": i, "content": t, "special": k == CONTROL} for i, (t, k) in enumerate(zip(tokens, plain["types"], strict=True)) if k in (CONTROL, USER_DEFINED)]
+    added = [
+        {"id": i, "content": t, "special": k == CONTROL}
+        for i, (t, k) in enumerate(zip(tokens, plain["types"], strict=True))
+        if k in (CONTROL, USER_DEFINED)
+    ]
     return {
         "added_tokens": added,
         "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
@@ -312,7 +333,9 @@ def test_hostile_vocabularies(arguments: dict[str, Any], message: str) -> None:
 
 def test_a_vocabulary_without_byte_pieces_loads() -> None:
     keep = [i for i, kind in enumerate(TYPES) if kind != BYTE]
-    tokenizer = Tokenizer.from_pieces([PIECES[i] for i in keep], [SCORES[i] for i in keep], [TYPES[i] for i in keep], BOS, EOS)
+    tokenizer = Tokenizer.from_pieces(
+        [PIECES[i] for i in keep], [SCORES[i] for i in keep], [TYPES[i] for i in keep], BOS, EOS
+    )
     assert tokenizer.encode("é", bos=False) == [tokenizer.unk_id]
 
 

@@ -219,7 +219,14 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], dtype: str 
 
 
 def write_hf(
-    folder: Path, case: str | Mapping[str, Any], seed: int = 0, *, dialect: int = 5, shards: int = 1, dtype: str = "BF16", **changes: Any
+    folder: Path,
+    case: str | Mapping[str, Any],
+    seed: int = 0,
+    *,
+    dialect: int = 5,
+    shards: int = 1,
+    dtype: str = "BF16",
+    **changes: Any,
 ) -> Path:
     """A Hugging Face directory. case: a name in CASES or such an entry; changes: fields of it that differ."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -410,7 +417,9 @@ def write_gguf(
         kind = embedding if embedding and "embed" in name else down if down and "down_proj" in name else quant
         raw = kind not in ("F32", "F16")
         writer.add_tensor(
-            target, np.ascontiguousarray(encode(kind, w, rng)), raw_dtype=gguf.GGMLQuantizationType[kind] if raw else None
+            target,
+            np.ascontiguousarray(encode(kind, w, rng)),
+            raw_dtype=gguf.GGMLQuantizationType[kind] if raw else None,
         )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -37,6 +37,7 @@ class Chat:
         self.messages: list[tuple[str, str]] = []
         self._tokens: list[int] = []  # the conversation so far; the cache holds a beginning of it
         self._cache: Cache | None = None
+        self._cached: list[int] = []  # what the cache holds
         self._open: ChatStream | None = None
 
     def send(self, text: str, params: SamplingParams | None = None, **settings: Any) -> Completion:
@@ -62,6 +63,7 @@ class Chat:
             said = f"{self._system}\n\n{said}"
         prompt = self._tokens or [gemma.config.bos_token_id]
         prompt = gemma._ids([*prompt, *self._turn_tokens("user", said), self._turn, *self._encode("model\n")])
+        self._rewind(prompt)
         if self._cache is None:
             self._cache = gemma.model.new_cache(gemma._context)
         ends = gemma._ends(chosen) | {self._end}
@@ -75,18 +77,30 @@ class Chat:
     def _turn_tokens(self, role: str, text: str) -> list[int]:
         return [self._turn, *self._encode(f"{role}\n{text}"), self._end, *self._encode("\n")]
 
+    def _rewind(self, prompt: list[int]) -> None:
+        """Makes the cache a beginning of `prompt`: usually it is one, but an answer may have been cut or given up."""
+        if self._cache is None:
+            return
+        same = 0
+        for a, b in zip(prompt[:-1], self._cached, strict=False):
+            if a != b:
+                break
+            same += 1
+        if same < self._cache.length:
+            try:
+                self._cache.truncate(same)
+            except ValueError:  # sliding layers no longer hold that far back: everything is read again
+                self._cache = None
+
     def _close_turn(self, text: str, sequence: _Sequence) -> None:
         """The answer is over: it becomes history, unless not even its prompt was read."""
-        cache, before = sequence.cache, len(self._tokens)
         self._open = None
-        if cache.length < len(sequence.prompt):
-            try:
-                cache.truncate(min(before, cache.length))
-            except ValueError:  # sliding layers no longer hold that far back: read it again next time
-                self._cache = None
+        self._cached = [*sequence.prompt, *sequence.tokens][: sequence.cache.length]
+        if sequence.cache.length < len(sequence.prompt):
             return
-        self._tokens = [*sequence.prompt, *sequence.tokens, self._end, *self._encode("\n")]
         answer = sequence.text.text if sequence.text is not None else ""
+        said = self._encode(answer) if sequence.cut else sequence.tokens  # without what a stop string took away
+        self._tokens = [*sequence.prompt, *said, self._end, *self._encode("\n")]
         self.messages += [("user", text), ("model", answer)]
 
 

@@ -56,7 +56,9 @@ class Config:
         known = {f.name for f in fields(cls)}
         for name in read.values:
             if name not in known:
-                raise FormatError(f"{source}: config has the unknown field {name!r}; was it written by a newer version?")
+                raise FormatError(
+                    f"{source}: config has the unknown field {name!r}; was it written by a newer version?"
+                )
         raw = dict(read.values)
         for name in ("sliding_layers", "eos_token_ids"):
             if name in raw:
@@ -157,7 +159,11 @@ def _checked(c: Config, source: str) -> Config:
             raise FormatError(f"{source}: {name} is {value!r:.60}; an integer is expected")
     if c.architecture not in _ARCHITECTURES.values():
         raise FormatError(f"{source}: architecture is {c.architecture!r:.60}; gemma, gemma2 and gemma3 are supported")
-    for name, flags in (("qk_norm", (c.qk_norm,)), ("post_norms", (c.post_norms,)), ("sliding_layers", c.sliding_layers)):
+    for name, flags in (
+        ("qk_norm", (c.qk_norm,)),
+        ("post_norms", (c.post_norms,)),
+        ("sliding_layers", c.sliding_layers),
+    ):
         if not all(isinstance(flag, bool) for flag in flags):
             raise FormatError(f"{source}: {name} is {getattr(c, name)!r:.60}; only true and false are allowed there")
     if c.num_heads % c.num_kv_heads:
@@ -334,7 +340,9 @@ def config_from_gguf(metadata: Mapping[str, Any], vocab_size: int, source: str) 
     """From a GGUF file's metadata; `vocab_size` is the embedding's rows. Raises FormatError."""
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in ("gemma", "gemma2", "gemma3"):
-        raise FormatError(f"{source}: general.architecture is {architecture!r:.60}; gemma, gemma2 and gemma3 are supported")
+        raise FormatError(
+            f"{source}: general.architecture is {architecture!r:.60}; gemma, gemma2 and gemma3 are supported"
+        )
     prefix = f"{architecture}."
     values = {k[len(prefix) :]: v for k, v in metadata.items() if k.startswith(prefix)}
     read = _Reader(values, source, prefix)

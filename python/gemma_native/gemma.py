@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import time
 import warnings
 from collections.abc import Generator, Iterator, Sequence
@@ -120,6 +121,7 @@ class _Sequence:
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
         self.finish_reason = ""
+        self.cut = False  # by a stop string
         self.started = time.perf_counter()
         self.first_at = self.last_at = self.started
 
@@ -138,7 +140,7 @@ class _Sequence:
         if self.text is not None:
             piece, stopped = self.text.push(token)
             if stopped:
-                self.finish_reason = "stop"
+                self.finish_reason, self.cut = "stop", True
                 return piece
         if len(self.tokens) >= self.params.max_tokens or self.cache.length >= self.cache.capacity:
             piece += self.end("length")
@@ -169,12 +171,17 @@ class Stream(Iterator[str]):
         self._sequence = sequence
         self._flag = gemma._begin()
         self._steps = gemma._steps([sequence], self._flag)
+        self._lock = threading.RLock()  # one thread at a time advances or ends it
         self.result: Completion | None = None
 
     def __iter__(self) -> Stream:
         return self
 
     def __next__(self) -> str:
+        with self._lock:
+            return self._next()
+
+    def _next(self) -> str:
         if self.result is not None:
             raise StopIteration
         try:
@@ -203,10 +210,15 @@ class Stream(Iterator[str]):
     def close(self) -> None:
         """Ends the generation here. Safe to call at any time, and again."""
         self._flag.set()
-        if self.result is None:
-            if not self._sequence.finish_reason:
-                self._sequence.end("cancelled")
-            self._finish()
+        if not self._lock.acquire(blocking=False):
+            return  # another thread is inside: it sees the flag and ends the stream
+        try:
+            if self.result is None:
+                if not self._sequence.finish_reason:
+                    self._sequence.end("cancelled")
+                self._finish()
+        finally:
+            self._lock.release()
 
     def __del__(self) -> None:
         if hasattr(self, "_flag"):

@@ -19,7 +19,19 @@ import numpy as np
 from .errors import FormatError
 
 _MAGIC = b"GGUF"
-_SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
+_SCALARS = {
+    0: "<u1",
+    1: "<i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    7: "?",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+}
 _STRING, _ARRAY = 8, 9
 # GGML type number: name, values a block, bytes a block
 TYPES = {
@@ -54,6 +66,7 @@ class GgufFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
+        self._at = 0  # the cursor
         with open(self.path, "rb") as file:
             self._size = os.fstat(file.fileno()).st_size
             if self._size < 24:
@@ -72,7 +85,9 @@ class GgufFile:
         """Reserves `size` bytes at the cursor and returns where they begin."""
         at = self._at
         if size > self._size - at:
-            raise self._fail(f"{field} needs {size} bytes at offset {at}, but the file ends at {self._size} (cut short?)")
+            raise self._fail(
+                f"{field} needs {size} bytes at offset {at}, but the file ends at {self._size} (cut short?)"
+            )
         self._at = at + size
         return at
 
@@ -130,7 +145,6 @@ class GgufFile:
         return out
 
     def _parse(self) -> None:
-        self._at = 0
         if self.map[self._take(4, "the magic") : 4] != _MAGIC:
             raise self._fail(f"not a GGUF file: it begins with {self.map[:4]!r}")
         version = self._unpack("<I", "the version")
@@ -140,7 +154,9 @@ class GgufFile:
         tensors = self._unpack("<Q", "the number of tensors")
         keys = self._unpack("<Q", "the number of metadata keys")
         if tensors > _MAX_TENSORS or keys > _MAX_KEYS:
-            raise self._fail(f"{tensors} tensors and {keys} metadata keys; at most {_MAX_TENSORS} and {_MAX_KEYS} are allowed")
+            raise self._fail(
+                f"{tensors} tensors and {keys} metadata keys; at most {_MAX_TENSORS} and {_MAX_KEYS} are allowed"
+            )
         self.metadata: dict[str, Any] = {}
         for i in range(keys):
             key = self._text(f"metadata key {i}", _MAX_NAME)
@@ -152,7 +168,12 @@ class GgufFile:
         infos = [self._tensor_info(i) for i in range(tensors)]
 
         alignment = self.metadata.get("general.alignment", 32)
-        if isinstance(alignment, bool) or not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20 or alignment & (alignment - 1):
+        if (
+            isinstance(alignment, bool)
+            or not isinstance(alignment, int)
+            or not 1 <= alignment <= 1 << 20
+            or alignment & (alignment - 1)
+        ):
             raise self._fail(f"general.alignment is {alignment!r:.60}; a power of two is expected")
         start = -(-self._at // alignment) * alignment
         self.tensors: dict[str, GgufTensor] = {}
@@ -181,10 +202,14 @@ class GgufFile:
             raise self._fail(f"tensor {name!r:.80} has the absurd shape {shape}")
         if kind not in TYPES:
             supported = ", ".join(t[0] for t in TYPES.values())
-            raise self._fail(f"tensor {name!r:.80} has GGML type {kind}, which is not supported; supported are {supported}")
+            raise self._fail(
+                f"tensor {name!r:.80} has GGML type {kind}, which is not supported; supported are {supported}"
+            )
         dtype, block, block_bytes = TYPES[kind]
         if shape[0] % block:
-            raise self._fail(f"tensor {name!r:.80} has rows of {shape[0]} values, not a multiple of {dtype}'s block of {block}")
+            raise self._fail(
+                f"tensor {name!r:.80} has rows of {shape[0]} values, not a multiple of {dtype}'s block of {block}"
+            )
         return name, dtype, shape[::-1], offset, math.prod(shape) // block * block_bytes
 
     def tensor(self, name: str) -> memoryview:

@@ -183,7 +183,7 @@ class Sampler:
 
     def _reshaped(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         p = self.params
-        out = logits.copy()
+        out: NDArray[np.float32] = logits.copy()
         if p.logit_bias:
             tokens = np.fromiter(p.logit_bias.keys(), np.int64)
             if tokens.max() >= len(out):

