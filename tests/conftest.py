@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # The NumPy reference multiplies small matrices: its library's own threads only get in the way of the engine's.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+# A run in the background may have been told to ignore Ctrl-C, and would pass that on to the programs that it tests.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from collections.abc import Callable  # noqa: E402
 
