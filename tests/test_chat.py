@@ -65,6 +65,7 @@ def test_turns_are_as_the_template_writes_them_and_only_new_tokens_are_read(end:
     )
     assert seen(model)[: len(whole)] == whole
     assert len(seen(model)) == len(whole) + len(ids("the"))  # each token once
+    assert [len(read) for read in model.read if len(read) > 1] == [len(opening), len(whole) - read]
     assert seen(model)[:read] == whole[:read]
     assert seen(model).count(BOS) == 1
     assert chat.messages == [("user", "  hello!\n"), ("model", "hello world"), ("user", "a b"), ("model", "the")]

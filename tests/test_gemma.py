@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,52 @@ def test_n() -> None:
     grouped = gemma.generate(["hello", "the"], max_tokens=12, seed=4, n=3)
     assert [o.tokens for o in grouped[0]] == [o.tokens for o in several]
     assert len(grouped[1]) == 3
+
+
+def test_n_reads_the_prompt_once() -> None:
+    gemma, model = noisy()
+    prompt = [BOS, *range(20, 120)]
+    several = gemma.generate(prompt, max_tokens=5, seed=4, n=4, ignore_eos=True)
+    assert [len(read) for read in model.read[:1]] == [101]
+    assert all(len(read) == 1 for read in model.read[1:])
+    alone, _ = noisy()
+    assert several[0].tokens == alone.generate(prompt, max_tokens=5, seed=4, ignore_eos=True).tokens
+    # Where the first has gone too far for its cache to be cut back, the prompt is read again.
+    model.read.clear()
+    make = model.new_cache
+    model.new_cache = lambda capacity=None: vars(cache := make(capacity)).update(reach=0) or cache  # type: ignore[method-assign,func-returns-value]
+    again = gemma.generate(prompt, max_tokens=5, seed=4, n=4, ignore_eos=True)
+    assert [o.tokens for o in again] == [o.tokens for o in several]
+    assert [len(read) for read in model.read].count(101) == 4
+
+
+def test_a_long_list_runs_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [[BOS, 20 + i] for i in range(11)]
+    whole = [o.tokens for o in noisy()[0].generate(prompts, seed=1, max_tokens=30)]
+    threes = [[o.tokens for o in group] for group in noisy()[0].generate(prompts[:3], seed=1, max_tokens=30, n=3)]
+    monkeypatch.setattr("gemma_native.gemma.MAX_BATCH", 4)
+    gemma, model = noisy()
+    caches: list[Any] = []
+    make = model.new_cache
+    model.new_cache = lambda capacity=None: caches.append(weakref.ref(cache := make(capacity))) or cache  # type: ignore[method-assign,func-returns-value]
+    alive: list[int] = []
+    model.before = lambda _: alive.append(sum(cache() is not None for cache in caches))
+    assert [o.tokens for o in gemma.generate(prompts, seed=1, max_tokens=30)] == whole
+    assert max(model.steps) == 4
+    assert len(caches) == 11
+    assert max(alive) <= 4  # a sequence that ended has given its memory back
+    assert [
+        [o.tokens for o in group] for group in noisy()[0].generate(prompts[:3], seed=1, max_tokens=30, n=3)
+    ] == threes
+
+
+def test_cancelling_a_long_list_ends_those_that_wait_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gemma_native.gemma.MAX_BATCH", 2)
+    gemma, model = noisy()
+    model.before = lambda _: gemma.cancel() if len(model.steps) == 3 else None
+    outs = gemma.generate(["hello"] * 5, max_tokens=50, ignore_eos=True)
+    assert [o.finish_reason for o in outs] == ["cancelled"] * 5
+    assert [len(o.tokens) for o in outs] == [2, 2, 0, 0, 0]
 
 
 def test_seed() -> None:

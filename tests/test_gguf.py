@@ -175,7 +175,7 @@ def test_absurd_counts(tmp_path: Path, count: int) -> None:
     path = tmp_path / "f.gguf"
     refused(build(path, n_keys=count, align=8), "metadata key")
     refused(build(path, n_infos=count), "tensor")
-    if count < 1 << 63:
+    if 1 < count < 1 << 63:
         for kind in (0, U32, STRING):
             refused(build(path, [key("many", ARRAY, struct.pack("<IQ", kind, count))]), "many")
         refused(build(path, [key("many", STRING, text(b"", count))]), "many")

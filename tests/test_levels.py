@@ -43,10 +43,10 @@ print(_native.isa(), digest.hexdigest())
 """
 
 
-def run(level: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A Python process at a level. Its paths are this one's."""
+def run(level: str, *arguments: str, vnni: bool = True) -> subprocess.CompletedProcess[str]:
+    """A Python process at a level. Its paths are this one's. `vnni=False`: the avx2 level as it is on CPUs without AVX-VNNI."""
     paths = os.pathsep.join([str(HERE), *(p for p in sys.path if p)])
-    environment = {**os.environ, VARIABLE: level, "PYTHONPATH": paths}
+    environment = {**os.environ, VARIABLE: level, "PYTHONPATH": paths, "GEMMA_NATIVE_AVX_VNNI": str(int(vnni))}
     return subprocess.run(
         [sys.executable, *arguments],
         env=environment,
@@ -63,19 +63,22 @@ def test_levels_of_this_process() -> None:
     assert _native.isa() == LEVELS[-1]  # the best
 
 
-@pytest.mark.parametrize("level", [level for level in LEVELS if level != _native.isa()])
-def test_suite(level: str) -> None:
+OTHERS = [(level, True) for level in LEVELS if level != _native.isa()] + [("avx2", False)] * ("avx2" in LEVELS)
+
+
+@pytest.mark.parametrize(("level", "vnni"), OTHERS)
+def test_suite(level: str, vnni: bool) -> None:
     files = [str(HERE / "test_kernels.py"), str(HERE / "test_model.py")]
-    done = run(level, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", *files)
+    done = run(level, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", *files, vnni=vnni)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-8000:] + done.stderr[-2000:]
 
 
 def test_quantised_products_are_the_same_bits() -> None:
     hashes = {}
-    for level in LEVELS:
-        done = run(level, "-c", PRODUCTS)
+    for level, vnni in [*OTHERS, (_native.isa(), True)]:
+        done = run(level, "-c", PRODUCTS, vnni=vnni)
         assert done.returncode == 0, done.stderr
-        name, hashes[level] = done.stdout.split()
+        name, hashes[level, vnni] = done.stdout.split()
         assert name == level
     assert len(set(hashes.values())) == 1, hashes
 

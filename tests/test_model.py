@@ -916,3 +916,16 @@ def test_a_bad_token_stays_in_its_sequence(checkpoint: Callable[[str], Checkpoin
     assert same(m.forward(good[10:], caches[0]), clean)
     caches[2].truncate(0)
     assert same(m.forward(good, caches[2]), clean)
+
+
+@pytest.mark.parametrize("case", ["gemma2-gqa", "gemma3-mqa"])
+def test_a_bad_value_does_not_reach_earlier_positions(checkpoint: Callable[[str], Checkpoint], case: str) -> None:
+    """A masked value is never used, not even times 0: prefill equals decode when a later token's value is NaN."""
+    c = checkpoint(case)
+    m = _native.Model(c.config, edited(c, "model.embed_tokens.weight", lambda w: w.__setitem__(300, np.nan)))
+    tokens = np.arange(20, 90, dtype=np.int32)
+    tokens[41] = 300  # not the first of the tokens that share a tile
+    prefill = m.forward(tokens, m.new_cache(), all_logits=True)
+    assert np.isfinite(np.delete(prefill[:41], 300, axis=1)).all()
+    assert np.isnan(prefill[41]).all()
+    assert same(prefill[:41], steps(m, tokens[:41], [1]))

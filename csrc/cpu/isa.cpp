@@ -91,7 +91,10 @@ const char* isa_name(Isa isa) { return isa == Isa::avx512 ? "avx512" : isa == Is
 
 bool isa_supported(Isa isa) { return isa == Isa::scalar || (isa == Isa::avx2 ? cpu().avx2 : cpu().avx512); }
 
-bool has_avx_vnni() { return cpu().avx_vnni; }
+bool has_avx_vnni() {
+  const char* wanted = std::getenv("GEMMA_NATIVE_AVX_VNNI");  // "0": the avx2 level as it is on CPUs without, for tests
+  return cpu().avx_vnni && !(wanted && std::string(wanted) == "0");
+}
 
 Isa chosen_isa() {
   static const Isa isa = choose();

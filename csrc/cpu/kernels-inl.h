@@ -513,6 +513,13 @@ void attend_rows(const float* q, int64_t e, const void* k, const void* v, const 
       last = hi[r] > last ? hi[r] : last;
     }
   if (first >= last) return;
+  // Keys that every row sees; beside them each row takes only its own, since 0 * NaN would let a masked value through.
+  int from = first, to = last;
+  for (int r = 0; r < R; ++r) {
+    from = lo[r] > from ? lo[r] : from;
+    to = hi[r] < to ? hi[r] : to;
+  }
+  if (from >= to) from = to = last;
 
   constexpr int kVectors = R <= 2 ? 4 : 2;  // key vectors at once: enough chains to hide the latency of fma
   constexpr int kSpan = kVectors * W < kKeys ? kVectors * W : kKeys;
@@ -556,15 +563,21 @@ void attend_rows(const float* q, int64_t e, const void* k, const void* v, const 
     for (int i = 0; i < 16 / W; ++i) {
       F x[R], y[R];
       for (int r = 0; r < R; ++r) x[r] = y[r] = V::zero();
-      for (int key = first; key < last; ++key) {
-        F a, b;
-        load_values<F32>(v, key * e + d, i, a, b);
-        for (int r = 0; r < R; ++r) {
-          const F w = V::set(p[r][key]);
-          x[r] = V::fma(w, a, x[r]);
-          y[r] = V::fma(w, b, y[r]);
+      auto join = [&](int begin, int end, bool shared) {
+        for (int key = begin; key < end; ++key) {
+          F a, b;
+          load_values<F32>(v, key * e + d, i, a, b);
+          for (int r = 0; r < R; ++r) {
+            if (!shared && (key < lo[r] || key >= hi[r])) continue;
+            const F w = V::set(p[r][key]);
+            x[r] = V::fma(w, a, x[r]);
+            y[r] = V::fma(w, b, y[r]);
+          }
         }
-      }
+      };
+      join(first, from, false);
+      join(from, to, true);
+      join(to, last, false);
       for (int r = 0; r < R; ++r)
         if (lo[r] < hi[r]) {
           V::store(out + r * e + d + i * W, x[r]);

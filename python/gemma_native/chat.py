@@ -95,8 +95,9 @@ class Chat:
     def _close_turn(self, text: str, sequence: _Sequence) -> None:
         """The answer is over: it becomes history, unless not even its prompt was read."""
         self._open = None
-        self._cached = [*sequence.prompt, *sequence.tokens][: sequence.cache.length]
-        if sequence.cache.length < len(sequence.prompt):
+        length = sequence.cache.length if sequence.cache is not None else 0
+        self._cached = [*sequence.prompt, *sequence.tokens][:length]
+        if length < len(sequence.prompt):
             return
         answer = sequence.text.text if sequence.text is not None else ""
         said = self._encode(answer) if sequence.cut else sequence.tokens  # without what a stop string took away

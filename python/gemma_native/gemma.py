@@ -11,6 +11,7 @@ import os
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -26,6 +27,8 @@ from .weights import Progress, open_checkpoint
 if TYPE_CHECKING:
     from .chat import Chat
     from .tokenizer import Tokenizer
+
+MAX_BATCH = 64  # sequences that run at once; more prompts wait their turn, so that their caches need not exist yet
 
 
 @dataclass
@@ -108,13 +111,14 @@ class _Sequence:
         prompt: list[int],
         params: SamplingParams,
         index: int,
-        cache: _native.Cache,
+        cache: _native.Cache | None,
         tokenizer: Tokenizer | None,
         ends: frozenset[int],
     ) -> None:
         self.prompt = prompt
         self.params = params
-        self.cache = cache
+        self.cache = cache  # None: made when it starts, and given back when it ends
+        self.first = self  # the one of its prompt's n that reads the prompt; the others start from a clone of its cache
         self.sampler = Sampler(params, prompt, index)
         self.text = _Text(tokenizer, params.stop) if tokenizer is not None else None
         self.ends = ends
@@ -122,15 +126,18 @@ class _Sequence:
         self.logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
         self.finish_reason = ""
         self.cut = False  # by a stop string
+        self.read = 0  # tokens of the prompt that were computed
         self.started = time.perf_counter()
-        self.first_at = self.last_at = self.started
+        self.first_s = self.prefill_s = self.decode_s = 0.0
 
-    def take(self, ids: NDArray[np.int32] | None, logits: NDArray[np.float32]) -> str:
-        """Chooses the next token and returns the text that it completes."""
+    def take(self, ids: NDArray[np.int32] | None, logits: NDArray[np.float32], began: float) -> str:
+        """Chooses the next token, in the step that began then, and returns the text that it completes."""
         token = self.sampler.choose(logits) if ids is None else self.sampler.choose_from(ids, logits)
-        self.last_at = time.perf_counter()
+        now = time.perf_counter()
         if not self.tokens:
-            self.first_at = self.last_at
+            self.first_s, self.prefill_s = now - self.started, now - began
+        else:
+            self.decode_s += now - began
         if token in self.ends:
             return self.end("stop")
         self.tokens.append(token)
@@ -142,6 +149,7 @@ class _Sequence:
             if stopped:
                 self.finish_reason, self.cut = "stop", True
                 return piece
+        assert self.cache is not None
         if len(self.tokens) >= self.params.max_tokens or self.cache.length >= self.cache.capacity:
             piece += self.end("length")
         return piece
@@ -151,12 +159,12 @@ class _Sequence:
         return self.text.finish() if self.text is not None else ""
 
     def result(self) -> Completion:
-        prefill, decode = self.first_at - self.started, self.last_at - self.first_at
+        prefill, decode = self.prefill_s, self.decode_s
         timings = {
             "prefill_s": prefill,
             "decode_s": decode,
-            "first_token_s": prefill,
-            "prefill_tokens_per_s": len(self.prompt) / prefill if prefill > 0 else 0.0,
+            "first_token_s": self.first_s,
+            "prefill_tokens_per_s": self.read / prefill if prefill > 0 else 0.0,
             "decode_tokens_per_s": (len(self.tokens) - 1) / decode if decode > 0 and len(self.tokens) > 1 else 0.0,
         }
         text = self.text.text if self.text is not None else None
@@ -368,18 +376,31 @@ class Gemma:
         self._running.discard(flag)
 
     def _steps(self, sequences: list[_Sequence], flag: _native.CancelFlag) -> Generator[list[str], None, None]:
-        """Runs sequences to their ends; after each step yields the text that it gave each of them. Prompts are appended to the
-        caches as far as they are not there yet."""
+        """Runs sequences to their ends, at most MAX_BATCH at once; after each step yields the text that it gave each of
+        those. Prompts are appended to the caches as far as they are not there yet."""
         model = self.model
-        fresh = {id(s): s.prompt[s.cache.length :] for s in sequences}
-        while live := [s for s in sequences if not s.finish_reason]:
-            tokens = [fresh.pop(id(s), []) or s.tokens[-1:] for s in live]
+        waiting = deque(sequences)
+        live: list[_Sequence] = []
+        own = {id(s) for s in sequences if s.cache is None}
+        while True:
+            while waiting and len(live) < MAX_BATCH and self._start(waiting[0]):
+                live.append(waiting.popleft())
+            if not live:
+                return
+            tokens, caches = [], []
+            for s in live:
+                assert s.cache is not None
+                new = s.tokens[-1:] if s.tokens else s.prompt[s.cache.length :]
+                if not s.tokens:
+                    s.read = len(new)
+                tokens.append(new)
+                caches.append(s.cache)
             needed = [s.params.best_needed for s in live]
             ids: NDArray[np.int32] | None = None
+            began = time.perf_counter()
             try:
                 if flag.is_set():
                     raise _native.Cancelled
-                caches = [s.cache for s in live]
                 if all(needed):
                     ids, logits = model.forward_batch(
                         tokens, caches, top_k=min(max(needed), self.config.vocab_size), cancel=flag
@@ -387,14 +408,33 @@ class Gemma:
                 else:
                     logits = model.forward_batch(tokens, caches, cancel=flag)
             except _native.Cancelled:
-                yield [s.end("cancelled") if not s.finish_reason else "" for s in sequences]
+                yield [s.end("cancelled") for s in [*live, *waiting]]
                 return
-            row = {id(s): i for i, s in enumerate(live)}
-            pieces = []
+            yield [s.take(None if ids is None else ids[i], logits[i], began) for i, s in enumerate(live)]
+            cloned = {id(s.first) for s in waiting}
             for s in sequences:
-                i = row.get(id(s))
-                pieces.append("" if i is None else s.take(None if ids is None else ids[i], logits[i]))
-            yield pieces
+                if s.finish_reason and id(s) in own and id(s) not in cloned:
+                    s.cache = None
+            live = [s for s in live if not s.finish_reason]
+
+    def _start(self, s: _Sequence) -> bool:
+        """Gives a sequence its cache. False: it has to wait until the first of its prompt has read the prompt."""
+        if s.cache is not None:
+            return True
+        if s.first is not s:
+            source = s.first.cache
+            assert source is not None
+            if source.length < len(s.prompt):
+                return False
+            cache = source.clone()
+            try:  # the last token again, for its logits
+                cache.truncate(len(s.prompt) - 1)
+            except ValueError:  # sliding layers no longer hold that far back
+                cache = self.model.new_cache(self._context)
+            s.cache = cache
+        else:
+            s.cache = self.model.new_cache(self._context)
+        return True
 
     # --- prompts ---
 
@@ -433,11 +473,14 @@ class Gemma:
                 raise ValueError(f"logit_bias: token id {token} is outside the vocabulary of {self.config.vocab_size}")
         tokenizer = self.tokenizer if self.has_tokenizer else None
         ends = self._ends(params)
-        return [
-            _Sequence(ids, params, i, self.model.new_cache(self._context), tokenizer, ends)
-            for ids in prompts
-            for i in range(params.n)
-        ]
+        self.model  # noqa: B018  (says now if this Gemma is closed)
+        out = []
+        for ids in prompts:
+            group = [_Sequence(ids, params, i, None, tokenizer, ends) for i in range(params.n)]
+            for s in group:
+                s.first = group[0]
+            out += group
+        return out
 
     # --- text in, text out ---
 
