@@ -342,3 +342,14 @@ def test_hub_ids(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     hub.cached = False
     with pytest.raises(FileNotFoundError, match="no network"):
         open_checkpoint("someone/model")
+
+
+def test_a_vocabulary_larger_than_the_embedding_is_told_at_load(tmp_path: Path) -> None:
+    from fake_native import tokenizer
+
+    folder = tiny.write_hf(tmp_path / "m", CASE, vocab_size=64)
+    (folder / "tokenizer.model").write_bytes(tokenizer().proto)
+    with pytest.warns(UserWarning, match="pieces"):
+        gemma = Gemma.load(folder)
+    with pytest.raises(ValueError, match="embedding"):
+        gemma.generate("hello world")

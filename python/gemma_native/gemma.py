@@ -254,6 +254,7 @@ class Gemma:
         self._context = context
         self._running: set[_native.CancelFlag] = set()
         self._warned = False
+        self._counted = False  # the vocabulary's size was compared with the embedding's
 
     @classmethod
     def load(
@@ -295,8 +296,9 @@ class Gemma:
             model = _native.Model(
                 config, checkpoint.tensors, device, threads, kv=kv, weights=weights, consumed=checkpoint.consumed
             )
-            loaded_with = {"source": os.fspath(source), **arguments}
-            return cls(
+            name = os.fspath(source)
+            loaded_with = {"source": os.path.abspath(name) if os.path.exists(name) else name, **arguments}
+            gemma = cls(
                 model,
                 config,
                 checkpoint.tokenizer,
@@ -304,6 +306,10 @@ class Gemma:
                 loaded_with,
                 context or config.context_length,
             )
+            if checkpoint.pieces is not None:
+                gemma._counted = True
+                _warn_of_pieces(checkpoint.pieces, config)
+            return gemma
         finally:
             checkpoint.close()
 
@@ -333,12 +339,8 @@ class Gemma:
                     f"{self._loaded_with['source']}: no tokenizer.model or tokenizer.json; give token ids, not text"
                 )
             tokenizer = self._build_tokenizer()
-            if tokenizer.vocab_size > self.config.vocab_size:
-                warnings.warn(
-                    f"the tokenizer has {tokenizer.vocab_size} pieces, but the model's embedding {self.config.vocab_size} rows: "
-                    "text that needs the rest is refused",
-                    stacklevel=2,
-                )
+            if not self._counted:
+                _warn_of_pieces(tokenizer.vocab_size, self.config)
             self._tokenizer = tokenizer
         return self._tokenizer
 
@@ -573,6 +575,14 @@ class Gemma:
             ids.insert(0, t.bos_id)
         stops = [*chosen.stop_tokens, first, middle, last, separator]
         return self.generate(ids, make_params(chosen, {"stop_tokens": stops}))
+
+
+def _warn_of_pieces(pieces: int, config: Config) -> None:
+    if pieces > config.vocab_size:
+        warnings.warn(
+            f"the tokenizer has {pieces} pieces, but the model's embedding {config.vocab_size} rows: text that needs the rest is refused",
+            stacklevel=3,
+        )
 
 
 def _reload(arguments: dict[str, Any]) -> Gemma:

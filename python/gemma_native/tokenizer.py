@@ -468,6 +468,11 @@ class Detokenizer:
         return self._bytes.decode(b"", True)
 
 
+def count_pieces(path: str | os.PathLike[str]) -> int:
+    """How many pieces a `tokenizer.model` has, without building it. Raises FormatError."""
+    return sum(field == 1 for field, _ in _fields(_read_file(path)))
+
+
 def _read_file(path: str | os.PathLike[str]) -> bytes:
     with open(path, "rb") as file:
         data = file.read(MAX_FILE_BYTES + 1)

@@ -44,6 +44,7 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     tokenizer: Callable[[], Tokenizer] | None = None  # builds it; None where the checkpoint has none
     chat_template: str | None = None
+    pieces: int | None = None  # of the vocabulary, where they can be counted without building the tokenizer
     progress: Progress | None = None  # called with (bytes done, bytes in all); None: a bar in a terminal
     _maps: dict[str, tuple[mmap.mmap, int]] = field(default_factory=dict)  # tensor: its map and where it begins there
     _done: int = 0
@@ -301,7 +302,7 @@ def _open_directory(path: Path) -> Checkpoint:
             tensors[plain] = (dtype, shape, memoryview(file.map)[begin:end])
             maps[plain] = (file.map, begin)
     _drop_tied_head(str(path), tensors, maps, "lm_head.weight")
-    return Checkpoint(str(path), config, tensors, _hf_tokenizer(path), _hf_template(path), _maps=maps)
+    return Checkpoint(str(path), config, tensors, _hf_tokenizer(path), _hf_template(path), _hf_pieces(path), _maps=maps)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -367,6 +368,16 @@ def _hf_tokenizer(path: Path) -> Callable[[], Tokenizer] | None:
                 return Tokenizer.from_file(file)
 
             return build
+    return None
+
+
+def _hf_pieces(path: Path) -> int | None:
+    if not (path / "tokenizer.model").is_file():
+        return None
+    from .tokenizer import count_pieces
+
+    with suppress(FormatError):  # told when the tokenizer is wanted
+        return count_pieces(path / "tokenizer.model")
     return None
 
 
@@ -459,13 +470,14 @@ def _open_gguf(path: Path) -> Checkpoint:
         except FormatError as error:
             raise FormatError(f"{path}: {error}") from None
 
-    has_tokenizer = "tokenizer.ggml.tokens" in file.metadata
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
     return Checkpoint(
         str(path),
         config,
         tensors,
-        build if has_tokenizer else None,
+        None if tokens is None else build,
         template if isinstance(template, str) else None,
+        len(tokens) if isinstance(tokens, list) else None,
         _maps=maps,
     )
 
@@ -539,6 +551,8 @@ def save_packed(
             file.write(len(text).to_bytes(8, "little") + text)
             for part in parts:
                 file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException:
         with suppress(OSError):
