@@ -406,6 +406,15 @@ def test_gguf_defaults() -> None:
     assert (c.rope_base, c.rope_base_local, c.rope_scale) == (5e5, 2e4, 8)
 
 
+def test_gguf_rope_scaling_in_every_spelling() -> None:
+    assert from_gguf(rope__scaling__type="linear", rope__scaling__factor=8.0).rope_scale == 8
+    assert from_gguf(rope__scaling__factor=8.0).rope_scale == 8  # linear is what no type means
+    assert from_gguf(rope__scale_linear=4.0).rope_scale == 4
+    assert from_gguf(rope__scale_linear=4.0, rope__scaling__factor=8.0).rope_scale == 8
+    assert from_gguf(rope__scaling__type="none", rope__scaling__factor=8.0).rope_scale == 1
+    assert from_gguf().rope_scale == 1
+
+
 def test_gguf_sliding_patterns() -> None:
     key = "attention__sliding_window_pattern"
     assert from_gguf(**{key: 3}).sliding_layers == tuple(i % 3 != 2 for i in range(18))

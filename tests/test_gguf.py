@@ -12,6 +12,8 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from gemma_native.errors import FormatError
 from gemma_native.gguf import TYPES, GgufFile
@@ -96,6 +98,36 @@ def test_cut_short_anywhere(written: Path, tmp_path: Path) -> None:
         with pytest.raises(FormatError) as error:
             GgufFile(path)
         assert str(error.value).startswith(f"{path}: "), cut
+
+
+WORDS = (0, 1, 31, 32, 1 << 31, 1 << 32, (1 << 63) - 1, 1 << 63, (1 << 64) - 1)
+CHANGE = st.tuples(st.integers(0, 1 << 16), st.integers(0, 255).map(lambda n: bytes([n])))
+CHANGE |= st.tuples(st.integers(0, 1 << 16), st.sampled_from(WORDS).map(lambda n: struct.pack("<Q", n)))
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=st.lists(CHANGE, min_size=1, max_size=6))
+def test_changed_anywhere(written: Path, tmp_path: Path, changes: list[tuple[int, bytes]]) -> None:
+    """Bytes and whole words changed in the header: a FormatError or a file whose tensors lie inside it, in bounded memory."""
+    raw = written.read_bytes()
+    head = min(t.offset for t in GgufFile(written).tensors.values())
+    data = bytearray(raw)
+    for at, new in changes:
+        at %= head
+        data[at : at + len(new)] = new[: len(data) - at]
+    path = tmp_path / "changed.gguf"
+    path.write_bytes(data)
+    tracemalloc.start()
+    try:
+        file = GgufFile(path)
+        assert all(0 <= t.offset and t.offset + t.nbytes <= len(data) for t in file.tensors.values())
+        assert all(len(file.tensor(name)) == t.nbytes for name, t in file.tensors.items())
+    except FormatError as error:
+        assert str(error).startswith(f"{path}: ") and len(str(error)) < len(str(path)) + 400
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 1 << 20, changes
 
 
 # --- files written by hand ---

