@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -183,6 +184,14 @@ class Terminal:
             os.environ["TERM"] = "dumb"
             os.execv(sys.executable, [*COMMAND, *map(str, arguments)])
 
+    def interrupt(self, text: str) -> None:
+        """Ctrl-C, until `text` comes: pressed again if the moment was one in which nobody heeds it."""
+        for _ in range(3):
+            self.send("\x03")
+            with contextlib.suppress(AssertionError):
+                return self.until(text, 15)
+        raise AssertionError(f"Ctrl-C did not give {text!r}")
+
     def until(self, text: str, seconds: float = 60) -> None:
         """Reads up to and with `text`; what came behind it is for the next call."""
         end = time.monotonic() + seconds
@@ -229,8 +238,7 @@ def test_chat_in_a_terminal(chat: Terminal) -> None:
     chat.send("hello there\r")
     chat.until("\n")  # the echo
     time.sleep(0.5)  # some of the 60,000 tokens
-    chat.send("\x03")
-    chat.until("(stopped)")
+    chat.interrupt("(stopped)")
     chat.until("> ")
     chat.send("/reset\r")
     chat.until("new conversation")
@@ -239,8 +247,7 @@ def test_chat_in_a_terminal(chat: Terminal) -> None:
     chat.until("no command")
     chat.until("> ")
     time.sleep(0.5)  # readline shows its prompt a little before it heeds signals
-    chat.send("\x03")
-    chat.until("Ctrl-D")
+    chat.interrupt("Ctrl-D")
     chat.until("> ")
     chat.send("\x04")
     chat.until("tokens/s")

@@ -57,7 +57,7 @@ class Config:
         for name in read.values:
             if name not in known:
                 raise FormatError(
-                    f"{source}: config has the unknown field {name!r}; was it written by a newer version?"
+                    f"{source}: config has the unknown field {name!r:.60}; was it written by a newer version?"
                 )
         raw = dict(read.values)
         for name in ("sliding_layers", "eos_token_ids"):

@@ -245,8 +245,8 @@ def _safetensors_entry(
     dtype: Any = entry.get("dtype")
     shape: Any = entry.get("shape")
     offsets: Any = entry.get("data_offsets")
-    if not isinstance(dtype, str):
-        raise FormatError(f"{path}: tensor {name!r:.80} has no dtype")
+    if not isinstance(dtype, str) or not re.fullmatch(r"[A-Z0-9_]{1,16}", dtype):
+        raise FormatError(f"{path}: tensor {name!r:.80} has the dtype {dtype!r:.40}")
     if not integers(shape) or len(shape) > 8:
         raise FormatError(f"{path}: tensor {name!r:.80} has the shape {shape!r:.80}")
     if not integers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
