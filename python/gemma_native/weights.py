@@ -378,7 +378,7 @@ def _hf_pieces(path: Path) -> int | None:
         return None
     from .tokenizer import count_pieces
 
-    with suppress(FormatError):  # told when the tokenizer is wanted
+    with suppress(FormatError, OSError):  # told when the tokenizer is wanted
         return count_pieces(path / "tokenizer.model")
     return None
 
