@@ -296,6 +296,7 @@ class Gemma:
             model = _native.Model(
                 config, checkpoint.tensors, device, threads, kv=kv, weights=weights, consumed=checkpoint.consumed
             )
+            checkpoint.loaded()
             name = os.fspath(source)
             loaded_with = {"source": os.path.abspath(name) if os.path.exists(name) else name, **arguments}
             gemma = cls(

@@ -68,14 +68,21 @@ class Checkpoint:
             self._bar.update(end - begin)
 
     def loaded(self) -> None:
-        """The model is built: ends the progress bar."""
+        """The model is built: progress reaches its end (tensors that are used where they lie were never consumed)."""
+        total = sum(len(data) for _, _, data in self.tensors.values())
+        if self.progress is not None and self._done < total:
+            self.progress(total, total)
+        self._done = max(self._done, total)
+        self._end_bar()
+
+    def _end_bar(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
     def close(self) -> None:
         """Forgets the tensors. Maps go when the last tensor that is used where it lies does. May be called twice."""
-        self.loaded()
+        self._end_bar()
         self.tensors = {}
         self._maps = {}
 
