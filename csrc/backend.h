@@ -32,8 +32,8 @@ struct Matrix {
   int64_t rows = 0, cols = 0;
   size_t bytes = 0;
   bool in_place = false;  // the caller's buffer is used where it lies and must stay
-  virtual const uint8_t* host_data()
-      const = 0;  // panels (quantised) or rows (BF16), for saving; null if not on the host
+  // Panels (quantised) or rows (BF16), for saving; null if not on the host.
+  virtual const uint8_t* host_data() const = 0;
 };
 
 // Memory of a backend, by role; grown as needed and kept.
@@ -71,8 +71,8 @@ constexpr int64_t kMaxRows = 512;  // rows a pass; also how far a sliding layer'
 constexpr int64_t kKeyBlock = 64;  // keys an attention block: starts at absolute multiples of this
 
 struct LayerWeights {
-  std::unique_ptr<Buffer> attn_norm, post_attn_norm, ffn_norm, post_ffn_norm, q_norm,
-      k_norm;  // null where the model has none
+  // Null where the model has none.
+  std::unique_ptr<Buffer> attn_norm, post_attn_norm, ffn_norm, post_ffn_norm, q_norm, k_norm;
   std::unique_ptr<Matrix> q, k, v, o, gate, up, down;
   int64_t index = 0;
   int64_t window = 0;  // 0: full attention

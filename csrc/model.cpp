@@ -214,24 +214,19 @@ void Model::forward(const std::vector<std::vector<int32_t>>& tokens, const std::
     // Results of this chunk, before its tokens count as appended.
     std::vector<int64_t> pick;
     if (out.kind == Output::last_logits || out.kind == Output::top_k) {
+      // Chunks fill up in the order of the sequences, so those that end in one stand side by side, from owner[0] on: the head's
+      // weights are read once for all of them.
       for (size_t s = 0; s < owner.size(); ++s) {
         const Span& span = rows.spans[s];
-        const size_t i = owner[s];
-        if (done[i] + span.count < static_cast<int64_t>(tokens[i].size())) continue;
-        pick.assign(1, span.row + span.count - 1);
-        // Sequences that end in this chunk stand side by side, so that the head's weights are read once for all of them.
-        size_t run = s + 1;
-        while (run < owner.size() && owner[run] == i + (run - s) &&
-               done[owner[run]] + rows.spans[run].count == static_cast<int64_t>(tokens[owner[run]].size())) {
-          pick.push_back(rows.spans[run].row + rows.spans[run].count - 1);
-          ++run;
-        }
-        if (out.kind == Output::last_logits)
-          backend_->logits(c, *final_norm_, *embedding_, *x_, pick, out.values + i * c.vocab_size);
-        else
-          backend_->top_k(c, *final_norm_, *embedding_, *x_, pick, out.k, out.ids + i * out.k, out.values + i * out.k);
-        s = run - 1;
+        if (done[owner[s]] + span.count == static_cast<int64_t>(tokens[owner[s]].size()))
+          pick.push_back(span.row + span.count - 1);
       }
+      const int64_t first = static_cast<int64_t>(owner[0]);
+      if (!pick.empty() && out.kind == Output::last_logits)
+        backend_->logits(c, *final_norm_, *embedding_, *x_, pick, out.values + first * c.vocab_size);
+      else if (!pick.empty())
+        backend_->top_k(c, *final_norm_, *embedding_, *x_, pick, out.k, out.ids + first * out.k,
+                        out.values + first * out.k);
     } else if (out.kind == Output::all_logits) {
       // In slices, so that a cancelled call stops soon.
       for (int64_t r = 0; r < rows.n; r += 64) {

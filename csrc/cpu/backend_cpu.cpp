@@ -77,10 +77,9 @@ class CpuBackend final : public Backend {
         const int64_t t = rows.tokens[i];
         float* out = x.data + i * d;
         if (encoding(table.type).quantized)
-          decode_tiled_row(table.type, cpu(table).data + t / kPanel * panel_bytes(table.type, d),
-                           static_cast<int>(t % kPanel), d, out);
+          decode_tiled_row(table.type, cpu(table).at_row(t / kPanel * kPanel), static_cast<int>(t % kPanel), d, out);
         else
-          decode_row(table.type, cpu(table).data + t * row_bytes(table.type, d), d, out);
+          decode_row(table.type, cpu(table).at_row(t), d, out);
         for (int64_t j = 0; j < d; ++j) out[j] *= scale;
       }
     });
@@ -90,7 +89,7 @@ class CpuBackend final : public Backend {
     const int64_t n = rows.n, E = c.head_dim, half = E / 2;
     grow(k_, n * c.num_kv_heads * E);
     grow(v_, n * c.num_kv_heads * E);
-    normed(c, *w.attn_norm, {w.q.get(), w.k.get(), w.v.get()}, n, x.data, c.hidden_size);
+    normed(c, *w.attn_norm, {w.q.get(), w.k.get(), w.v.get()}, n, x);
     matmul(kernels_, pool_, acts_,
            {{&cpu(*w.q), q.data, c.num_heads * E},
             {&cpu(*w.k), k_.data(), c.num_kv_heads * E},
@@ -181,13 +180,13 @@ class CpuBackend final : public Backend {
   }
 
   void gate_up(const Config& c, const LayerWeights& w, int64_t n, const Buffer& x, Buffer& h) override {
-    normed(c, *w.ffn_norm, {w.gate.get(), w.up.get()}, n, x.data, c.hidden_size);
+    normed(c, *w.ffn_norm, {w.gate.get(), w.up.get()}, n, x);
     matmul_geglu(kernels_, pool_, acts_, cpu(*w.gate), cpu(*w.up), h.data);
   }
 
   void logits(const Config& c, const Buffer& norm, const Matrix& head, const Buffer& x,
               const std::vector<int64_t>& pick, float* out) override {
-    picked(c, norm, head, x, pick);
+    normed(c, norm, {&head}, static_cast<int64_t>(pick.size()), x, pick.data());
     matmul(kernels_, pool_, acts_, {{&cpu(head), out, c.vocab_size}});
     if (c.final_softcap > 0) {
       const int64_t slice = 4096, slices = (c.vocab_size + slice - 1) / slice;
@@ -206,16 +205,14 @@ class CpuBackend final : public Backend {
     const int64_t m = static_cast<int64_t>(pick.size()), slab = 8192;
     std::vector<float> y(m * slab), max(m), sum(m), chosen(m, 0.0f);
     std::vector<double> total(m, 0.0), top(m, -std::numeric_limits<double>::infinity());
-    picked(c, norm, head, x, pick);
+    normed(c, norm, {&head}, static_cast<int64_t>(pick.size()), x, pick.data());
     for (int64_t first = 0; first < head.rows; first += slab) {
       CpuMatrix part;
       part.type = head.type;
       part.rows = std::min(slab, head.rows - first);
       part.cols = head.cols;
       part.fine = cpu(head).fine;
-      const bool tiled = encoding(head.type).quantized;
-      part.data = cpu(head).data + (tiled ? first / kPanel * panel_bytes(head.type, head.cols)
-                                          : first * row_bytes(head.type, head.cols));
+      part.data = cpu(head).at_row(first);
       part.bytes = head.bytes / static_cast<size_t>(head.rows) * static_cast<size_t>(part.rows);
       matmul(kernels_, pool_, acts_, {{&part, y.data(), slab}});
       pool_.parallel_for(m, 4, [&](int64_t begin, int64_t end, int) {
@@ -274,21 +271,14 @@ class CpuBackend final : public Backend {
     if (static_cast<int64_t>(v.size()) < n) v.resize(n);
   }
 
-  void normed(const Config& c, const Buffer& norm, const std::vector<const Matrix*>& weights, int64_t n, const float* x,
-              int64_t d) {
-    acts_.prepare(kernels_, pool_, weights, n, d, [&, x, d](int64_t i, float* scratch) {
-      kernels_.rms_norm(x + i * d, norm.data, d, c.rms_norm_eps, scratch);
+  // Activations from the normed rows of x: the first n, or those that `pick` lists.
+  void normed(const Config& c, const Buffer& norm, const std::vector<const Matrix*>& weights, int64_t n,
+              const Buffer& x, const int64_t* pick = nullptr) {
+    const int64_t d = c.hidden_size;
+    acts_.prepare(kernels_, pool_, weights, n, d, [&](int64_t i, float* scratch) {
+      kernels_.rms_norm(x.data + (pick ? pick[i] : i) * d, norm.data, d, c.rms_norm_eps, scratch);
       return scratch;
     });
-  }
-
-  void picked(const Config& c, const Buffer& norm, const Matrix& head, const Buffer& x,
-              const std::vector<int64_t>& pick) {
-    acts_.prepare(
-        kernels_, pool_, {&head}, static_cast<int64_t>(pick.size()), c.hidden_size, [&](int64_t i, float* scratch) {
-          kernels_.rms_norm(x.data + pick[i] * c.hidden_size, norm.data, c.hidden_size, c.rms_norm_eps, scratch);
-          return scratch;
-        });
   }
 
   // Angles in float32 as transformers has them: position * base^(-2i/E) / scale.

@@ -77,8 +77,8 @@ constexpr int kBf16Rows = 32;
 extern const Kernels kScalarKernels;
 #if defined(GEMMA_NATIVE_X86)
 extern const Kernels kAvx2Kernels;
-extern const Kernels
-    kAvxVnniKernels;  // the avx2 level where vpdpbusd exists for 256 bits: the same bits, since integer sums are exact
+// The avx2 level where vpdpbusd exists for 256 bits: the same bits, since integer sums are exact.
+extern const Kernels kAvxVnniKernels;
 extern const Kernels kAvx512Kernels;
 #endif
 

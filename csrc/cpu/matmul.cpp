@@ -38,7 +38,7 @@ void release(uint8_t* p) {
 #endif
 }
 
-// Rows [first, first + count) as float32 or file blocks, whatever they were, into blocks of `target`.
+// Row r, whatever its type, through float32 (values[cols]) into `target`.
 void convert_row(const HostTensor& s, int64_t r, DType target, float* values, uint8_t* out) {
   decode_row(s.type, s.data + r * row_bytes(s.type, s.cols), s.cols, values);
   if (target == DType::BF16) {
@@ -152,15 +152,15 @@ namespace {
 // Weight rows [32 p, 32 p + 32) against rows [m0, m0 + m) of the activations: tile[m][32].
 void product_tile(const Kernels& kernels, const Activations& x, const CpuMatrix& w, int64_t p, int64_t m0, int m,
                   float* tile) {
-  if (encoding(w.type).quantized) {
-    const int64_t unit = encoding(w.type).block / kBlock;
-    const int64_t blocks = (w.cols + encoding(w.type).block - 1) / encoding(w.type).block * unit;
-    kernels.panel(w.type, w.data + p * panel_bytes(w.type, w.cols), blocks, x.chunk(m0), tile);
+  const uint8_t* data = w.at_row(p * kPanel);
+  const Encoding& e = encoding(w.type);
+  if (e.quantized) {
+    const int64_t blocks = (w.cols + e.block - 1) / e.block * (e.block / kBlock);
+    kernels.panel(w.type, data, blocks, x.chunk(m0), tile);
   } else {
     const int rows = static_cast<int>(std::min<int64_t>(kPanel, w.rows - p * kPanel));
-    const auto* data = reinterpret_cast<const uint16_t*>(w.data) + p * kPanel * w.cols;
     const auto* acts = static_cast<const uint8_t*>(x.packed()) + m0 * kernels.pack_bytes(w.cols);
-    kernels.bf16(data, w.cols, rows, w.cols, acts, m, tile, kPanel);
+    kernels.bf16(reinterpret_cast<const uint16_t*>(data), w.cols, rows, w.cols, acts, m, tile, kPanel);
   }
 }
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../backend.h"
+#include "../quant.h"
 #include "kernels.h"
 #include "threads.h"
 
@@ -16,6 +17,10 @@ struct CpuMatrix final : Matrix {
   bool fine = false;              // its activations get a scale every 16 values instead of 32
   std::unique_ptr<uint8_t, void (*)(uint8_t*)> owned{nullptr, nullptr};
   const uint8_t* host_data() const override { return data; }
+  // Where row r (a multiple of 32 in a tiled matrix) begins.
+  const uint8_t* at_row(int64_t r) const {
+    return data + (encoding(type).quantized ? r / kPanel * panel_bytes(type, cols) : r * row_bytes(type, cols));
+  }
 };
 
 // Reads, converts and tiles on all threads. See Backend::load_matrix.

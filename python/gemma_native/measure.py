@@ -7,6 +7,7 @@ between probes of the machine's own ceilings. Neither writes anything.
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -90,12 +91,7 @@ def describe(source: str, *, device: str, weights: str, kv: str, threads: int | 
             bytes_as(kept_as(name, encoding, shape, weights), shape)
             for name, (encoding, shape, _) in checkpoint.tensors.items()
         )
-        parameters = 0
-        for _, shape, _ in checkpoint.tensors.values():
-            size = 1
-            for n in shape:
-                size *= n
-            parameters += size
+        parameters = sum(math.prod(shape) for _, shape, _ in checkpoint.tensors.values())
         facts: dict[str, Any] = {
             "source": str(checkpoint.source),
             "config": dataclasses.asdict(config),
