@@ -1,4 +1,4 @@
-"""Settings of every test run, and tiny checkpoints that are written once a run."""
+"""Settings of every test run, tiny checkpoints that are written once a run, and models of them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
+from typing import Any  # noqa: E402
 
 import pytest  # noqa: E402
 import tiny  # noqa: E402
+from engine import SPECK, GetModel, build  # noqa: E402
 from make_golden import SEED  # noqa: E402
 
 from gemma_native.weights import Checkpoint, open_checkpoint  # noqa: E402
@@ -40,3 +42,38 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Open:
         return opened[name]
 
     return open_case
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Open) -> Iterator[GetModel]:
+    """model("gemma2-gqa", kv="f32"): a Model of a tiny checkpoint, built once."""
+    built: dict[Any, Any] = {}
+
+    def get(name: str, **options: Any) -> Any:
+        key = name, tuple(sorted(options.items()))
+        if key not in built:
+            built[key] = build(checkpoint(name), **options)
+        return built[key]
+
+    yield get
+    built.clear()
+
+
+@pytest.fixture(scope="module")
+def speck(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Checkpoint]:
+    """speck(sliding_window=7): a checkpoint of SPECK with changes."""
+    folder = tmp_path_factory.mktemp("speck")
+    opened: dict[Any, Checkpoint] = {}
+
+    def get(**changes: Any) -> Checkpoint:
+        key = repr(sorted(changes.items()))
+        if key not in opened:
+            opened[key] = open_checkpoint(tiny.write_hf(folder / str(len(opened)), SPECK, 5, **changes))
+        return opened[key]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def speck_model(speck: Callable[..., Checkpoint]) -> Any:
+    return build(speck(), kv="f32")

@@ -1,13 +1,42 @@
-"""What tests of the engine share: building models of tiny checkpoints, and their logits."""
+"""What tests of the engine share: models of tiny checkpoints, their weights and logits, and comparisons."""
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import signal
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import reference
+import tiny
 
 from gemma_native import _native
+from gemma_native.config import Config
 from gemma_native.weights import Checkpoint
+
+Array = np.ndarray
+GetModel = Callable[..., Any]
+
+# The smallest model with everything: two layers, the first slides.
+SPECK: dict[str, Any] = {
+    "model_type": "gemma2",
+    "vocab_size": 61,
+    "hidden_size": 36,
+    "intermediate_size": 44,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "sliding_window": 64,
+    "max_position_embeddings": 4096,
+    "attn_logit_softcapping": 6.0,
+    "final_logit_softcapping": 8.0,
+}
+RING = 576  # positions that its sliding layer holds: 64 + 512, a multiple of 64
 
 
 def build(checkpoint: Checkpoint, **options: Any) -> Any:
@@ -31,3 +60,54 @@ def row_nse(out: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """The normalised squared error of each position."""
     truth = truth.astype(np.float64)
     return ((out - truth) ** 2).sum(-1) / (truth**2).sum(-1)
+
+
+def held(model: Any) -> tuple[Config, dict[str, Array]]:
+    """Config and float32 weights, exactly as the model holds them. Norms have their offset added already."""
+    weights = {}
+    for name, (dtype, shape, data) in model.packed().items():
+        if dtype.startswith("TILED:"):  # rows are padded to whole blocks
+            block = tiny.BLOCK[dtype.removeprefix("TILED:")]
+            padded = -(-shape[1] // block) * block
+            weights[name] = _native.testing.dequantize(dtype, data, shape[0], padded)[:, : shape[1]]
+        else:
+            weights[name] = reference.to_float32(dtype, shape, data)
+    return dataclasses.replace(model.config, norm_offset=0.0), weights
+
+
+def edited(checkpoint: Checkpoint, name: str, edit: Callable[[Array], None]) -> dict[str, Any]:
+    """The checkpoint's tensors, one of them changed, as float32."""
+    dtype, shape, data = checkpoint.tensors[name]
+    w = reference.to_float32(dtype, shape, data).copy()
+    edit(w)
+    return {**checkpoint.tensors, name: ("F32", shape, memoryview(w.tobytes()))}
+
+
+def steps(model: Any, tokens: Array, sizes: list[int], cache: Any = None) -> Array:
+    """Every position's logits, in calls of the given sizes, in turn, until the tokens are used up."""
+    cache = model.new_cache() if cache is None else cache
+    out, at = [], 0
+    for i in range(len(tokens)):
+        n = sizes[i % len(sizes)]
+        out.append(model.forward(tokens[at : at + n], cache, all_logits=True))
+        at += n
+        if at >= len(tokens):
+            break
+    return np.concatenate(out)
+
+
+def same(a: Array, b: Array) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
+def exit_code(pid: int, seconds: float) -> int | None:
+    """How a child ended; None for one that hangs, which is killed."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return None

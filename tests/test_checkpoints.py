@@ -20,6 +20,7 @@ import pytest
 import safetensors.numpy
 import tiny
 from reference import to_bf16
+from tiny import header_of, put_header
 
 from gemma_native import _native
 from gemma_native.errors import FormatError
@@ -44,17 +45,6 @@ Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tiny.write_hf(tmp_path / "hf", CASE)
-
-
-def header_of(path: Path) -> tuple[dict[str, Any], bytes]:
-    raw = path.read_bytes()
-    n = int.from_bytes(raw[:8], "little")
-    return json.loads(raw[8 : 8 + n]), raw[8 + n :]
-
-
-def put_header(path: Path, header: Any, data: bytes, length: int | None = None) -> None:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:

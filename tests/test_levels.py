@@ -1,4 +1,4 @@
-"""test_kernels.py and test_model.py again, under every other instruction-set level of this machine, a process each.
+"""test_kernels.py, test_model.py and test_model_calls.py again, under every other instruction-set level of this machine, a process each.
 
 The level of a process is chosen when the engine is imported. Where GEMMA_NATIVE_ISA is set already, one level is wanted, and
 this file is skipped: so are its own children.
@@ -68,7 +68,7 @@ OTHERS = [(level, True) for level in LEVELS if level != _native.isa()] + [("avx2
 
 @pytest.mark.parametrize(("level", "vnni"), OTHERS)
 def test_suite(level: str, vnni: bool) -> None:
-    files = [str(HERE / "test_kernels.py"), str(HERE / "test_model.py")]
+    files = [str(HERE / name) for name in ("test_kernels.py", "test_model.py", "test_model_calls.py")]
     done = run(level, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", *files, vnni=vnni)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-8000:] + done.stderr[-2000:]
 

@@ -16,6 +16,7 @@ import gguf
 import numpy as np
 import pytest
 import tiny
+from tiny import header_of, put_header
 
 from gemma_native import Gemma, _native
 from gemma_native.errors import FormatError, MissingDependency
@@ -27,17 +28,6 @@ CASE = "gemma2-gqa"
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tiny.write_hf(tmp_path / "model", CASE)
-
-
-def header_of(path: Path) -> tuple[dict[str, Any], bytes]:
-    raw = path.read_bytes()
-    (length,) = struct.unpack_from("<Q", raw)
-    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
-
-
-def put(path: Path, header: Any, data: bytes) -> None:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
 def refused(source: Path, *words: str) -> None:
@@ -94,7 +84,7 @@ def test_broken_entries(folder: Path, change: dict[str, Any], words: list[str]) 
     path = folder / "model.safetensors"
     header, data = header_of(path)
     header["model.norm.weight"] |= change
-    put(path, header, data)
+    put_header(path, header, data)
     refused(folder, "model.safetensors", "model.norm.weight", *words)
     with pytest.raises(FormatError) as error:
         open_checkpoint(folder)
@@ -105,16 +95,16 @@ def test_broken_headers(folder: Path) -> None:
     path = folder / "model.safetensors"
     header, data = header_of(path)
     for text in (b"", b"[]", b"{", b"\xff\xfe", b'{"a": {}, "a": {}}', b"[" * 100_000):
-        put(path, text, data)
+        put_header(path, text, data)
         refused(folder, "model.safetensors")
     path.write_bytes(struct.pack("<Q", (1 << 64) - 1) + data)
     refused(folder, "header")
-    put(path, b" " * ((1 << 22) + 1), data)  # parsing takes many times the text's size, so the text is bounded
+    put_header(path, b" " * ((1 << 22) + 1), data)  # parsing takes many times the text's size, so the text is bounded
     refused(folder, "header", "at most")
     names = [name for name in header if name != "__metadata__"]
     header[names[1]]["data_offsets"] = header[names[0]]["data_offsets"]
     header[names[1]]["shape"], header[names[1]]["dtype"] = header[names[0]]["shape"], header[names[0]]["dtype"]
-    put(path, header, data)
+    put_header(path, header, data)
     refused(folder, "overlap")
 
 
@@ -123,15 +113,15 @@ def test_tensors_must_be_the_config_s(folder: Path) -> None:
     header, data = header_of(path)
     name = "model.layers.0.mlp.up_proj.weight"
     shape = header[name]["shape"]
-    put(path, {**header, name: {**header[name], "shape": shape[::-1]}}, data)
+    put_header(path, {**header, name: {**header[name], "shape": shape[::-1]}}, data)
     refused(folder, name, str(tuple(shape)), str(tuple(shape[::-1])))
-    put(path, {k: v for k, v in header.items() if k != name}, data)
+    put_header(path, {k: v for k, v in header.items() if k != name}, data)
     refused(folder, name, "missing")
-    put(path, {**header, "model.layers.99.extra": header[name]} | {name: header[name]}, data)
+    put_header(path, {**header, "model.layers.99.extra": header[name]} | {name: header[name]}, data)
     refused(folder, "overlap")
     end = max(v["data_offsets"][1] for k, v in header.items() if k != "__metadata__")
     extra = {"dtype": "F32", "shape": [1], "data_offsets": [end, end + 4]}
-    put(path, {**header, "model.layers.99.extra": extra}, data + bytes(4))
+    put_header(path, {**header, "model.layers.99.extra": extra}, data + bytes(4))
     refused(folder, "model.layers.99.extra")
 
 
@@ -142,9 +132,9 @@ def test_an_output_matrix_must_be_the_embedding(folder: Path) -> None:
     size = len(data)
     header["lm_head.weight"] = {**header["model.embed_tokens.weight"], "data_offsets": [size, size + end - begin]}
     before = logits(folder)
-    put(path, header, data + data[begin:end])
+    put_header(path, header, data + data[begin:end])
     assert logits(folder).tobytes() == before.tobytes()
-    put(path, header, data + data[begin : end - 1] + bytes([data[end - 1] ^ 1]))
+    put_header(path, header, data + data[begin : end - 1] + bytes([data[end - 1] ^ 1]))
     refused(folder, "lm_head.weight", "embedding")
 
 
@@ -158,7 +148,7 @@ def test_multimodal_checkpoints_by_their_text(tmp_path: Path, prefix: str) -> No
     header, data = header_of(folder / "model.safetensors")
     renamed = {prefix + k.removeprefix("model.") if k.startswith("model.") else k: v for k, v in header.items()}
     renamed["vision_tower.x"] = {"dtype": "I64", "shape": [0], "data_offsets": [len(data), len(data)]}
-    put(folder / "model.safetensors", renamed, data)
+    put_header(folder / "model.safetensors", renamed, data)
     assert logits(folder).tobytes() == before.tobytes()
 
 
@@ -229,9 +219,9 @@ def test_packed_files(folder: Path, tmp_path: Path, weights: str) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     for entry in (["TILED:Q9", [1, 1]], ["F32", table[name][1]], ["TILED:Q8_0", "x"], 5, [table[name][0], [3, 3]]):
         changed = {**header["__metadata__"], "tensors": json.dumps({**table, name: entry})}
-        put(target, {**header, "__metadata__": changed}, data)
+        put_header(target, {**header, "__metadata__": changed}, data)
         refused(target, name)
-    put(target, {**header, "__metadata__": {**header["__metadata__"], "gemma_native": "2"}}, data)
+    put_header(target, {**header, "__metadata__": {**header["__metadata__"], "gemma_native": "2"}}, data)
     refused(target, "version")
 
 

@@ -218,6 +218,19 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], dtype: str 
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(parts))
 
 
+def header_of(path: Path) -> tuple[dict[str, Any], bytes]:
+    """The parsed header of a safetensors file, and the bytes behind it."""
+    raw = path.read_bytes()
+    n = int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8 : 8 + n]), raw[8 + n :]
+
+
+def put_header(path: Path, header: Any, data: bytes, length: int | None = None) -> None:
+    """Writes a safetensors file with any header (an object, or bytes as they are) and any claim of its length."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
+
+
 def write_hf(
     folder: Path,
     case: str | Mapping[str, Any],

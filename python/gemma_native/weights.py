@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 import mmap
 import os
 import re
@@ -25,7 +24,8 @@ import numpy as np
 
 from .config import Config, _object, config_from_gguf, config_from_hf
 from .errors import FormatError, MissingDependency
-from .gguf import TYPES, GgufFile, refuse_overlap
+from .gguf import TYPES, GgufFile
+from .safetensors_file import MAX_JSON, read_safetensors
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
@@ -191,81 +191,6 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
             )
 
 
-# --- safetensors ---
-
-_MAX_JSON = 1 << 22  # bytes: twenty times what the largest Gemma needs; the worst takes 25 times as much to parse
-_SAFETENSORS = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
-
-
-@dataclass
-class _Safetensors:
-    path: Path
-    map: mmap.mmap
-    metadata: dict[str, str]
-    tensors: dict[str, tuple[str, tuple[int, ...], int, int]]  # dtype, shape, begin, end in the file
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return out
-
-
-def _read_safetensors(path: Path) -> _Safetensors:
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size < 10:
-            raise FormatError(f"{path}: {size} bytes are too few for a safetensors file")
-        length = int.from_bytes(file.read(8), "little")
-        if length > size - 8:
-            raise FormatError(f"{path}: its header claims {length} bytes, but the file has {size} (cut short?)")
-        if length > _MAX_JSON:
-            raise FormatError(f"{path}: its header has {length} bytes; at most {_MAX_JSON} are allowed")
-        try:
-            header = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
-        except (ValueError, RecursionError) as error:
-            raise FormatError(f"{path}: its header is not valid JSON ({error})") from None
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if not isinstance(header, dict):
-        raise FormatError(f"{path}: its header is not a JSON object")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise FormatError(f"{path}: __metadata__ must map strings to strings")
-    tensors = {}
-    for name, entry in header.items():
-        tensors[name] = _safetensors_entry(path, name, entry, 8 + length, size)
-    refuse_overlap(str(path), [(begin, end, name) for name, (_, _, begin, end) in tensors.items()])
-    return _Safetensors(path, data, metadata, tensors)
-
-
-def _safetensors_entry(
-    path: Path, name: str, entry: Any, start: int, size: int
-) -> tuple[str, tuple[int, ...], int, int]:
-    def integers(value: Any) -> bool:
-        return isinstance(value, list) and all(
-            isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 63 for n in value
-        )
-
-    if not isinstance(entry, dict):
-        raise FormatError(f"{path}: tensor {name!r:.80} is not described by an object")
-    dtype: Any = entry.get("dtype")
-    shape: Any = entry.get("shape")
-    offsets: Any = entry.get("data_offsets")
-    if not isinstance(dtype, str) or not re.fullmatch(r"[A-Z0-9_]{1,16}", dtype):
-        raise FormatError(f"{path}: tensor {name!r:.80} has the dtype {dtype!r:.40}")
-    if not integers(shape) or len(shape) > 8:
-        raise FormatError(f"{path}: tensor {name!r:.80} has the shape {shape!r:.80}")
-    if not integers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise FormatError(f"{path}: tensor {name!r:.80} has the data_offsets {offsets!r:.80}")
-    begin, end = start + offsets[0], start + offsets[1]
-    if end > size:
-        raise FormatError(f"{path}: tensor {name!r:.80} ends at byte {end}, but the file has {size} (cut short?)")
-    if dtype in _SAFETENSORS and math.prod(shape) * _SAFETENSORS[dtype] != end - begin:
-        raise FormatError(f"{path}: tensor {name!r:.80} is {dtype} {tuple(shape)}, but has {end - begin} bytes")
-    return dtype, tuple(shape), begin, end
-
-
 # --- Hugging Face directories ---
 
 _SKIPPED = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
@@ -299,7 +224,7 @@ def _open_directory(path: Path) -> Checkpoint:
     tensors: dict[str, Tensor] = {}
     maps: dict[str, tuple[mmap.mmap, int]] = {}
     for shard in _shards(path):
-        file = _read_safetensors(shard)
+        file = read_safetensors(shard)
         for name, (dtype, shape, begin, end) in file.tensors.items():
             plain = _hf_name(name)
             if plain is None:
@@ -316,8 +241,8 @@ def _open_directory(path: Path) -> Checkpoint:
 
 def _read_json(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
-    if size > _MAX_JSON:
-        raise FormatError(f"{path}: it has {size} bytes; at most {_MAX_JSON} are allowed")
+    if size > MAX_JSON:
+        raise FormatError(f"{path}: it has {size} bytes; at most {MAX_JSON} are allowed")
     return _object(path.read_bytes(), str(path))
 
 
@@ -392,7 +317,7 @@ def _hf_pieces(path: Path) -> int | None:
 
 def _hf_template(path: Path) -> str | None:
     with suppress(OSError, UnicodeDecodeError):
-        if (path / "chat_template.jinja").stat().st_size <= _MAX_JSON:
+        if (path / "chat_template.jinja").stat().st_size <= MAX_JSON:
             return (path / "chat_template.jinja").read_text(encoding="utf-8")
     with suppress(OSError, FormatError):
         template = _read_json(path / "tokenizer_config.json").get("chat_template")
@@ -575,7 +500,7 @@ def save_packed(
 
 
 def _open_packed(path: Path) -> Checkpoint:
-    file = _read_safetensors(path)
+    file = read_safetensors(path)
     if file.metadata.get("gemma_native") != "1":
         raise FormatError(
             f"{path}: not a packed file of gemma_native (version 1); for a Hugging Face checkpoint give its directory"
