@@ -156,17 +156,26 @@ void quantize(const float* x, int64_t k, bool fine, int8_t* q, ActScale* scale, 
   }
 }
 
-// A cache line more than the values need: rows a power of two apart would fall into the same cache sets.
-int64_t pack_bytes(int64_t k) { return (k + 31) / 32 * 32 * V::kPackedSize + 64; }
+constexpr int64_t kDepth = 1024;  // K values that the rows of a packed piece share
 
-void pack(const float* x, int64_t k, void* out) {
-  auto* o = static_cast<uint8_t*>(out);
-  int64_t i = 0;
-  for (; i + 32 <= k; i += 32) V::pack32(x + i, o + i * V::kPackedSize);
-  if (i < k) {
-    float rest[32] = {};
-    for (int64_t j = 0; i + j < k; ++j) rest[j] = x[i + j];
-    V::pack32(rest, o + i * V::kPackedSize);
+int64_t pack_bytes(int64_t k) { return (k + 31) / 32 * 32 * V::kPackedSize; }
+
+// Where K values [from, from + kDepth) of row 0 begin among `rows` packed rows, and how far apart the rows are there: a piece is
+// contiguous, so that it fills a cache evenly.
+inline int64_t piece_at(int64_t from, int64_t rows) { return from * rows * V::kPackedSize; }
+inline int64_t piece_stride(int64_t from, int64_t k) { return pack_bytes(k - from < kDepth ? k - from : kDepth); }
+
+void pack(const float* x, int64_t k, void* out, int64_t row, int64_t rows) {
+  for (int64_t from = 0; from < k; from += kDepth) {
+    auto* o = static_cast<uint8_t*>(out) + piece_at(from, rows) + row * piece_stride(from, k);
+    const int64_t to = from + kDepth < k ? from + kDepth : k;
+    int64_t i = from;
+    for (; i + 32 <= to; i += 32, o += 32 * V::kPackedSize) V::pack32(x + i, o);
+    if (i < to) {
+      float rest[32] = {};
+      for (int64_t j = 0; i + j < to; ++j) rest[j] = x[i + j];
+      V::pack32(rest, o);
+    }
   }
 }
 
@@ -305,9 +314,9 @@ struct OneRow<Q, FINE, 0> {
 };
 
 template <class Q, bool FINE>
-void panel_one(const uint8_t* panel, int64_t blocks, const QuantActs& a, float* tile) {
+void panel_one(const uint8_t* panel, int64_t blocks, const QuantActs& a, bool add, float* tile) {
   F acc[kGroups];
-  for (F& x : acc) x = V::zero();
+  for (int g = 0; g < kGroups; ++g) acc[g] = add ? V::load(tile + g * W) : V::zero();
   const int8_t* q = a.q;
   const ActScale* s = a.scale;
   for (int64_t u = 0; u < blocks / Q::kUnitBlocks; ++u, panel += Q::kUnit)
@@ -342,8 +351,8 @@ struct ManyRows<Q, FINE, 0> {
 };
 
 template <class Q, bool FINE>
-void panel_many(const uint8_t* panel, int64_t blocks, const QuantActs& a, float* tile) {
-  for (int i = 0; i < a.rows * kPanel; i += W) V::store(tile + i, V::zero());
+void panel_many(const uint8_t* panel, int64_t blocks, const QuantActs& a, bool add, float* tile) {
+  for (int i = 0; !add && i < a.rows * kPanel; i += W) V::store(tile + i, V::zero());
   const int8_t* q = a.q;
   const ActScale* s = a.scale;
   constexpr int kBlockBytes = Q::kUnit / Q::kUnitBlocks;
@@ -357,31 +366,31 @@ void panel_many(const uint8_t* panel, int64_t blocks, const QuantActs& a, float*
 }
 
 template <class Q>
-inline void panel_of(const uint8_t* panel, int64_t blocks, const QuantActs& a, float* tile) {
+inline void panel_of(const uint8_t* panel, int64_t blocks, const QuantActs& a, bool add, float* tile) {
   if (a.rows == 1)
-    a.fine ? panel_one<Q, true>(panel, blocks, a, tile) : panel_one<Q, false>(panel, blocks, a, tile);
+    a.fine ? panel_one<Q, true>(panel, blocks, a, add, tile) : panel_one<Q, false>(panel, blocks, a, add, tile);
   else
-    a.fine ? panel_many<Q, true>(panel, blocks, a, tile) : panel_many<Q, false>(panel, blocks, a, tile);
+    a.fine ? panel_many<Q, true>(panel, blocks, a, add, tile) : panel_many<Q, false>(panel, blocks, a, add, tile);
 }
 
-void panel(DType type, const uint8_t* data, int64_t blocks, const QuantActs& a, float* tile) {
+void panel(DType type, const uint8_t* data, int64_t blocks, const QuantActs& a, bool add, float* tile) {
   switch (type) {
     case DType::Q8_0:
-      return panel_of<Simple<8, false>>(data, blocks, a, tile);
+      return panel_of<Simple<8, false>>(data, blocks, a, add, tile);
     case DType::Q4_0:
-      return panel_of<Simple<4, false>>(data, blocks, a, tile);
+      return panel_of<Simple<4, false>>(data, blocks, a, add, tile);
     case DType::Q4_1:
-      return panel_of<Simple<4, true>>(data, blocks, a, tile);
+      return panel_of<Simple<4, true>>(data, blocks, a, add, tile);
     case DType::Q5_0:
-      return panel_of<Simple<5, false>>(data, blocks, a, tile);
+      return panel_of<Simple<5, false>>(data, blocks, a, add, tile);
     case DType::Q5_1:
-      return panel_of<Simple<5, true>>(data, blocks, a, tile);
+      return panel_of<Simple<5, true>>(data, blocks, a, add, tile);
     case DType::Q4_K:
-      return panel_of<TwoLevel<4>>(data, blocks, a, tile);
+      return panel_of<TwoLevel<4>>(data, blocks, a, add, tile);
     case DType::Q5_K:
-      return panel_of<TwoLevel<5>>(data, blocks, a, tile);
+      return panel_of<TwoLevel<5>>(data, blocks, a, add, tile);
     case DType::Q6_K:
-      return panel_of<SixBit>(data, blocks, a, tile);
+      return panel_of<SixBit>(data, blocks, a, add, tile);
     default:
       return;
   }
@@ -390,89 +399,75 @@ void panel(DType type, const uint8_t* data, int64_t blocks, const QuantActs& a, 
 // ---- bf16 weights in file order: lane j sums k = j modulo the step, one fixed tree closes the row ------------------------
 
 constexpr int kStep = V::kBf16Step;
-constexpr int64_t kDepth = 4096;  // K values a pass: the pass's weights and activations stay in L2
-constexpr int kActBlock = V::kBf16TileX * 8;
+constexpr int kActTiles =
+    2;  // activation tiles at once: a piece of their rows (24 KB) stays in L1 while weights stream past from L2
 
-template <int R, int M>
-inline void bf16_tile(const uint16_t* const* w, int64_t ldw, const uint8_t* const* x, int64_t from, int64_t to,
-                      const uint16_t (*tail)[32], int64_t k, V::Sum (*sum)[V::kBf16TileX]) {
+// Adds K values [from, to) to the sums of R weight rows and M activation rows; `from` 0 starts them. `tail` holds the last values
+// of each weight row, padded with zeros. `ahead` is where the next tile's weights lie, null when they are in the cache.
+template <int R, int M, bool AHEAD>
+inline void bf16_steps(const uint16_t* w, int64_t ldw, const uint8_t* x, int64_t ldx, int64_t from, int64_t to,
+                       const uint16_t (*tail)[32], const uint16_t* ahead, V::Sum (*sum)[V::kBf16TileX]) {
   V::Sum s[R][M];
   for (int r = 0; r < R; ++r)
-    for (int m = 0; m < M; ++m) s[r][m] = sum[r][m];
+    for (int m = 0; m < M; ++m) s[r][m] = from ? sum[r][m] : V::sum_zero();
   int64_t i = from;
-  for (; i + kStep <= (to < k ? to : k); i += kStep) {
+  for (; i + kStep <= to; i += kStep) {
     V::Wide v[R];
     for (int r = 0; r < R; ++r) {
-      v[r] = V::load_w(w[r] + i);
-      // One row of activations waits for memory, and hardware prefetch ends with a page: ask for the next tile.
-      if (M == 1) GEMMA_PREFETCH(w[r] + i + R * ldw);
+      v[r] = V::load_w(w + r * ldw + i);
+      if (AHEAD) GEMMA_PREFETCH(ahead + r * ldw + (i - from));
     }
     for (int m = 0; m < M; ++m)
-      for (int r = 0; r < R; ++r) V::dot_bf16(s[r][m], v[r], x[m] + i * V::kPackedSize);
+      for (int r = 0; r < R; ++r) V::dot_bf16(s[r][m], v[r], x + m * ldx + (i - from) * V::kPackedSize);
   }
-  if (to >= k && i < k)  // the last values of a row, padded with zeros
+  if (i < to)
     for (int m = 0; m < M; ++m)
-      for (int r = 0; r < R; ++r) V::dot_bf16(s[r][m], V::load_w(tail[r]), x[m] + i * V::kPackedSize);
+      for (int r = 0; r < R; ++r) V::dot_bf16(s[r][m], V::load_w(tail[r]), x + m * ldx + (i - from) * V::kPackedSize);
   for (int r = 0; r < R; ++r)
     for (int m = 0; m < M; ++m) sum[r][m] = s[r][m];
 }
 
+// The same for `rows` <= kBf16TileW weight rows and m <= M activation rows.
 template <int M>
-inline void bf16_tile_rows(int rows, const uint16_t* const* w, int64_t ldw, const uint8_t* const* x, int64_t from,
-                           int64_t to, const uint16_t (*tail)[32], int64_t k, V::Sum (*sum)[V::kBf16TileX]) {
-  if (rows == V::kBf16TileW) return bf16_tile<V::kBf16TileW, M>(w, ldw, x, from, to, tail, k, sum);
-  for (int r = 0; r < rows; ++r) bf16_tile<1, M>(w + r, ldw, x, from, to, tail + r, k, sum + r);
-}
+struct Bf16Tile {
+  static void add(int rows, int m, const uint16_t* w, int64_t ldw, const uint8_t* x, int64_t ldx, int64_t from,
+                  int64_t to, const uint16_t (*tail)[32], const uint16_t* ahead, V::Sum (*sum)[V::kBf16TileX]) {
+    constexpr int R = V::kBf16TileW;
+    if (m < M) return Bf16Tile<M - 1>::add(rows, m, w, ldw, x, ldx, from, to, tail, ahead, sum);
+    if (rows == R && ahead) return bf16_steps<R, M, true>(w, ldw, x, ldx, from, to, tail, ahead, sum);
+    if (rows == R) return bf16_steps<R, M, false>(w, ldw, x, ldx, from, to, tail, ahead, sum);
+    for (int r = 0; r < rows; ++r)
+      bf16_steps<1, M, false>(w + r * ldw, ldw, x, ldx, from, to, tail + r, ahead, sum + r);
+  }
+};
+template <>
+struct Bf16Tile<0> {
+  static void add(int, int, const uint16_t*, int64_t, const uint8_t*, int64_t, int64_t, int64_t, const uint16_t (*)[32],
+                  const uint16_t*, V::Sum (*)[V::kBf16TileX]) {}
+};
 
-void bf16(const uint16_t* w, int64_t ldw, int rows, int64_t k, const void* acts, int m, float* out, int64_t ldo) {
-  constexpr int R = V::kBf16TileW, M = V::kBf16TileX;
+void bf16(const uint16_t* w, int64_t ldw, int rows, int64_t k, const void* acts, int64_t first, int m, int64_t n,
+          float* out, int64_t ldo) {
+  constexpr int R = V::kBf16TileW, M = V::kBf16TileX, kTiles = (kActChunk + M - 1) / M;
   static_assert(kBf16Rows % R == 0, "a call is a whole number of tiles");
-  const int64_t stride = pack_bytes(k);
-  V::Sum sum[kActBlock / M][kBf16Rows][M];
-  for (int m0 = 0; m0 < m; m0 += kActBlock) {
-    const int mb = m - m0 < kActBlock ? m - m0 : kActBlock;
-    for (int64_t from = 0; from < k; from += kDepth) {
+  V::Sum sum[kTiles][kBf16Rows][M];
+  uint16_t tail[kBf16Rows][32] = {};
+  for (int r = 0; r < rows; ++r)
+    for (int64_t j = k / kStep * kStep; j < k; ++j) tail[r][j % kStep] = w[r * ldw + j];
+  for (int64_t from = 0; from < k; from += kDepth) {
+    const int64_t to = from + kDepth < k ? from + kDepth : k, ldx = piece_stride(from, k);
+    const uint8_t* x = static_cast<const uint8_t*>(acts) + piece_at(from, n) + first * ldx;
+    for (int t0 = 0; t0 < m; t0 += kActTiles * M)
       for (int r = 0; r < rows; r += R) {
         const int rn = rows - r < R ? rows - r : R;
-        const uint16_t* wr[R];
-        uint16_t tail[R][32] = {};
-        for (int i = 0; i < rn; ++i) {
-          wr[i] = w + (r + i) * ldw;
-          for (int64_t j = k / kStep * kStep; j < k; ++j) tail[i][j % kStep] = wr[i][j];
-        }
-        for (int t = 0; t * M < mb; ++t) {
-          const int tm = mb - t * M < M ? mb - t * M : M;
-          const uint8_t* xr[M];
-          for (int i = 0; i < tm; ++i) xr[i] = static_cast<const uint8_t*>(acts) + (m0 + t * M + i) * stride;
-          V::Sum(*s)[M] = &sum[t][r];
-          if (from == 0)
-            for (int i = 0; i < rn; ++i)
-              for (int j = 0; j < tm; ++j) s[i][j] = V::sum_zero();
-          switch (tm) {
-            case 1:
-              bf16_tile_rows<1>(rn, wr, ldw, xr, from, from + kDepth, tail, k, s);
-              break;
-            case 2:
-              bf16_tile_rows<(M < 2 ? M : 2)>(rn, wr, ldw, xr, from, from + kDepth, tail, k, s);
-              break;
-            case 3:
-              bf16_tile_rows<(M < 3 ? M : 3)>(rn, wr, ldw, xr, from, from + kDepth, tail, k, s);
-              break;
-            case 4:
-              bf16_tile_rows<(M < 4 ? M : 4)>(rn, wr, ldw, xr, from, from + kDepth, tail, k, s);
-              break;
-            case 5:
-              bf16_tile_rows<(M < 5 ? M : 5)>(rn, wr, ldw, xr, from, from + kDepth, tail, k, s);
-              break;
-            default:
-              bf16_tile_rows<M>(rn, wr, ldw, xr, from, from + kDepth, tail, k, s);
-              break;
-          }
-        }
+        // Hardware prefetch ends with a page: ask for the tile after this one, whether beside it, further along K or the next call's.
+        const uint16_t* next = r + R < rows ? w + (r + R) * ldw + from : to < k ? w + to : w + rows * ldw;
+        for (int t = t0; t < m && t < t0 + kActTiles * M; t += M)
+          Bf16Tile<M>::add(rn, m - t < M ? m - t : M, w + r * ldw, ldw, x + t * ldx, ldx, from, to, tail + r,
+                           t ? nullptr : next, &sum[t / M][r]);
       }
-    }
-    for (int i = 0; i < mb; ++i) V::close(&sum[i / M][0][i % M], M, rows, out + (m0 + i) * ldo);
   }
+  for (int i = 0; i < m; ++i) V::close(&sum[i / M][0][i % M], M, rows, out + i * ldo);
 }
 
 // ---- attention: one block of keys for up to kQueryRows query rows --------------------------------------------------------

@@ -37,14 +37,17 @@ struct Kernels {
   void (*rms_norm)(const float* x, const float* w, int64_t n, float eps, float* out);
   // One row of k floats (the last block padded with zeros) into slot `row` of a chunk of `rows` rows.
   void (*quantize)(const float* x, int64_t k, bool fine, int8_t* q, ActScale* scale, int row, int rows);
-  // One row of k floats to what `bf16` reads: bf16_row_bytes(k) bytes, padded with zeros.
-  void (*pack)(const float* x, int64_t k, void* out);
+  // One row of k floats into slot `row` of the `rows` rows that `bf16` reads: pack_bytes(k) bytes each, padded with zeros.
+  void (*pack)(const float* x, int64_t k, void* out, int64_t row, int64_t rows);
   int64_t (*pack_bytes)(int64_t k);
 
-  // tile[row][32] = one panel of weights times a chunk of activations. `blocks` = K / 32 (a multiple of 8 for K-quants).
-  void (*panel)(DType type, const uint8_t* panel, int64_t blocks, const QuantActs& acts, float* tile);
-  // out[row * ldo + r] = W[r] . x[row] for `rows` weight rows in file order (at most kBf16Rows) and m packed activation rows.
-  void (*bf16)(const uint16_t* w, int64_t ldw, int rows, int64_t k, const void* x, int m, float* out, int64_t ldo);
+  // tile[row][32] = one panel of weights times a chunk of activations over `blocks` blocks of K (a multiple of 8 for K-quants);
+  // `add` goes on from what the tile holds.
+  void (*panel)(DType type, const uint8_t* panel, int64_t blocks, const QuantActs& acts, bool add, float* tile);
+  // out[i * ldo + r] = W[r] . x[first + i] for `rows` weight rows in file order (at most kBf16Rows) and m (at most kActChunk) of
+  // the n packed activation rows.
+  void (*bf16)(const uint16_t* w, int64_t ldw, int rows, int64_t k, const void* x, int64_t first, int m, int64_t n,
+               float* out, int64_t ldo);
 
   void (*geglu)(const float* gate, const float* up, int64_t n, float* out);  // gelu_tanh(gate) * up
   void (*add)(float* x, const float* y, int64_t n);                          // x += y

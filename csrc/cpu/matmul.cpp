@@ -117,7 +117,7 @@ void Activations::prepare(const Kernels& kernels, ThreadPool& pool, const std::v
   bool quant = false, bf16 = false;
   for (const Matrix* w : weights) (encoding(w->type).quantized ? quant : bf16) = true;
   fine_ = static_cast<const CpuMatrix*>(weights[0])->fine;  // the same throughout a model
-  const int64_t packed_row = kernels.pack_bytes(k);
+  row_bytes_ = (quant ? blocks_ * (kBlock + sizeof(ActScale)) : 0) + (bf16 ? kernels.pack_bytes(k) : 0);
   auto grow = [](auto& v, size_t size) {
     if (v.size() < size) v.resize(size);
   };
@@ -125,7 +125,7 @@ void Activations::prepare(const Kernels& kernels, ThreadPool& pool, const std::v
     grow(q_, n * blocks_ * kBlock);
     grow(scale_, n * blocks_);
   }
-  if (bf16) grow(packed_, n * packed_row);
+  if (bf16) grow(packed_, n * kernels.pack_bytes(k));
   grow(scratch_, pool.size());
   for (auto& s : scratch_) grow(s, k);
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, k));
@@ -137,32 +137,17 @@ void Activations::prepare(const Kernels& kernels, ThreadPool& pool, const std::v
         kernels.quantize(x, k, fine_, const_cast<int8_t*>(c.q), const_cast<ActScale*>(c.scale),
                          static_cast<int>(i % kActChunk), c.rows);
       }
-      if (bf16) kernels.pack(x, k, packed_.data() + i * packed_row);
+      if (bf16) kernels.pack(x, k, packed_.data(), i, n);
     }
   });
 }
 
-QuantActs Activations::chunk(int64_t first) const {
-  return {q_.data() + first * blocks_ * kBlock, scale_.data() + first * blocks_,
-          static_cast<int>(std::min<int64_t>(kActChunk, n - first)), fine_};
+QuantActs Activations::chunk(int64_t first, int64_t block) const {
+  const int64_t rows = std::min<int64_t>(kActChunk, n - first), at = first * blocks_ + block * rows;
+  return {q_.data() + at * kBlock, scale_.data() + at, static_cast<int>(rows), fine_};
 }
 
 namespace {
-
-// Weight rows [32 p, 32 p + 32) against rows [m0, m0 + m) of the activations: tile[m][32].
-void product_tile(const Kernels& kernels, const Activations& x, const CpuMatrix& w, int64_t p, int64_t m0, int m,
-                  float* tile) {
-  const uint8_t* data = w.at_row(p * kPanel);
-  const Encoding& e = encoding(w.type);
-  if (e.quantized) {
-    const int64_t blocks = (w.cols + e.block - 1) / e.block * (e.block / kBlock);
-    kernels.panel(w.type, data, blocks, x.chunk(m0), tile);
-  } else {
-    const int rows = static_cast<int>(std::min<int64_t>(kPanel, w.rows - p * kPanel));
-    const auto* acts = static_cast<const uint8_t*>(x.packed()) + m0 * kernels.pack_bytes(w.cols);
-    kernels.bf16(reinterpret_cast<const uint16_t*>(data), w.cols, rows, w.cols, acts, m, tile, kPanel);
-  }
-}
 
 int64_t panels_of(const CpuMatrix& w) { return (w.rows + kPanel - 1) / kPanel; }
 
@@ -174,6 +159,65 @@ int64_t grain_of(const ThreadPool& pool, size_t bytes, int64_t panels) {
   return std::max<int64_t>(1, static_cast<int64_t>(item * static_cast<size_t>(panels) / bytes));
 }
 
+// Weight rows [32 index, 32 index + 32) of a matrix.
+struct Panel {
+  const CpuMatrix* w;
+  int64_t index;
+};
+
+constexpr int kGroup = 4;              // panels that meet a chunk of activations together
+constexpr int64_t kGroupBlocks = 128;  // blocks along K at a time, so that both stay in L2
+constexpr int kTile = kActChunk * kPanel;
+constexpr int64_t kManyRows = 16;  // fewer rows wait for memory, and each panel is better read in one go
+
+// tiles[p][m][32] = panels[p] times rows [m0, m0 + m) of the activations
+void group_product(const Kernels& kernels, const Activations& x, const Panel* panels, int count, int64_t m0, int m,
+                   float* tiles) {
+  for (int p = 0; p < count; ++p) {
+    const CpuMatrix& w = *panels[p].w;
+    if (encoding(w.type).quantized) continue;
+    const int rows = static_cast<int>(std::min<int64_t>(kPanel, w.rows - panels[p].index * kPanel));
+    kernels.bf16(reinterpret_cast<const uint16_t*>(w.at_row(panels[p].index * kPanel)), w.cols, rows, w.cols,
+                 x.packed(), m0, m, x.n, tiles + p * kTile, kPanel);
+  }
+  const int64_t step = count > 1 ? kGroupBlocks : x.blocks();
+  for (int64_t from = 0; from < x.blocks(); from += step)
+    for (int p = 0; p < count; ++p) {
+      const CpuMatrix& w = *panels[p].w;
+      const Encoding& e = encoding(w.type);
+      if (!e.quantized) continue;
+      const int64_t unit = e.block / kBlock, blocks = (w.cols + e.block - 1) / e.block * unit;
+      kernels.panel(w.type, w.at_row(panels[p].index * kPanel) + from / unit * e.unit_bytes,
+                    std::min(step, blocks - from), x.chunk(m0, from), from > 0, tiles + p * kTile);
+    }
+}
+
+// Every panel of a list, `each` of them side by side, times every row: done(i, m0, m, tiles) for the i-th of them.
+template <class At, class Done>
+void each_product(const Kernels& kernels, ThreadPool& pool, const Activations& x, int64_t total, int each, size_t bytes,
+                  At at, Done done) {
+  const int group = x.n < kManyRows ? each : kGroup;
+  // Rows of activations that a sweep over the weights takes: as many as stay in a share of the last cache.
+  constexpr size_t kCache = 4u << 20;
+  const int64_t sweep = std::max<int64_t>(1, static_cast<int64_t>(kCache / x.row_bytes()) / kActChunk) * kActChunk;
+  int64_t grain = grain_of(pool, bytes, total);
+  if (x.n >= kManyRows) grain = std::max<int64_t>(grain, std::min<int64_t>(kGroup / each, total / (4 * pool.size())));
+  for (int64_t from = 0; from < x.n; from += sweep)
+    pool.parallel_for(total, grain, [&](int64_t begin, int64_t end, int) {
+      alignas(64) float tiles[kGroup * kTile];
+      Panel panels[kGroup];
+      for (int64_t i = begin; i < end; i += group / each) {
+        const int count = static_cast<int>(std::min<int64_t>(group / each, end - i));
+        for (int j = 0; j < count; ++j) at(i + j, panels + j * each);
+        for (int64_t m0 = from; m0 < std::min(x.n, from + sweep); m0 += kActChunk) {
+          const int m = static_cast<int>(std::min<int64_t>(kActChunk, x.n - m0));
+          group_product(kernels, x, panels, count * each, m0, m, tiles);
+          for (int j = 0; j < count; ++j) done(panels + j * each, m0, m, tiles + j * each * kTile);
+        }
+      }
+    });
+}
+
 }  // namespace
 
 void matmul(const Kernels& kernels, ThreadPool& pool, const Activations& x, const std::vector<Product>& products) {
@@ -183,41 +227,39 @@ void matmul(const Kernels& kernels, ThreadPool& pool, const Activations& x, cons
     total += panels_of(*p.w);
     bytes += p.w->bytes;
   }
-  pool.parallel_for(total, grain_of(pool, bytes, total), [&](int64_t begin, int64_t end, int) {
-    alignas(64) float tile[kActChunk * kPanel];
+  auto product_of = [&](int64_t& i) -> const Product& {
     size_t which = 0;
-    int64_t base = 0;
-    for (int64_t i = begin; i < end; ++i) {
-      while (i - base >= panels_of(*products[which].w)) base += panels_of(*products[which++].w);
-      const Product& p = products[which];
-      const int64_t first = (i - base) * kPanel;
-      const int64_t rows = std::min<int64_t>(kPanel, p.w->rows - first);
-      for (int64_t m0 = 0; m0 < x.n; m0 += kActChunk) {
-        const int m = static_cast<int>(std::min<int64_t>(kActChunk, x.n - m0));
-        product_tile(kernels, x, *p.w, i - base, m0, m, tile);
+    while (i >= panels_of(*products[which].w)) i -= panels_of(*products[which++].w);
+    return products[which];
+  };
+  each_product(
+      kernels, pool, x, total, 1, bytes,
+      [&](int64_t i, Panel* panel) {
+        const Product& p = product_of(i);
+        *panel = {p.w, i};
+      },
+      [&](const Panel* panel, int64_t m0, int m, const float* tile) {
+        const Product* p = products.data();
+        while (p->w != panel->w) ++p;
+        const int64_t first = panel->index * kPanel, rows = std::min<int64_t>(kPanel, p->w->rows - first);
         for (int j = 0; j < m; ++j)
-          std::memcpy(p.y + (m0 + j) * p.ldy + first, tile + j * kPanel, rows * sizeof(float));
-      }
-    }
-  });
+          std::memcpy(p->y + (m0 + j) * p->ldy + first, tile + j * kPanel, rows * sizeof(float));
+      });
 }
 
 void matmul_geglu(const Kernels& kernels, ThreadPool& pool, const Activations& x, const CpuMatrix& gate,
                   const CpuMatrix& up, float* h) {
-  pool.parallel_for(panels_of(gate), grain_of(pool, gate.bytes + up.bytes, panels_of(gate)),
-                    [&](int64_t begin, int64_t end, int) {
-                      alignas(64) float g[kActChunk * kPanel], u[kActChunk * kPanel];
-                      for (int64_t i = begin; i < end; ++i) {
-                        const int64_t rows = std::min<int64_t>(kPanel, gate.rows - i * kPanel);
-                        for (int64_t m0 = 0; m0 < x.n; m0 += kActChunk) {
-                          const int m = static_cast<int>(std::min<int64_t>(kActChunk, x.n - m0));
-                          product_tile(kernels, x, gate, i, m0, m, g);
-                          product_tile(kernels, x, up, i, m0, m, u);
-                          for (int j = 0; j < m; ++j)
-                            kernels.geglu(g + j * kPanel, u + j * kPanel, rows, h + (m0 + j) * gate.rows + i * kPanel);
-                        }
-                      }
-                    });
+  each_product(
+      kernels, pool, x, panels_of(gate), 2, gate.bytes + up.bytes,
+      [&](int64_t i, Panel* panels) {
+        panels[0] = {&gate, i};
+        panels[1] = {&up, i};
+      },
+      [&](const Panel* panels, int64_t m0, int m, const float* tiles) {
+        const int64_t first = panels->index * kPanel, rows = std::min<int64_t>(kPanel, gate.rows - first);
+        for (int j = 0; j < m; ++j)
+          kernels.geglu(tiles + j * kPanel, tiles + kTile + j * kPanel, rows, h + (m0 + j) * gate.rows + first);
+      });
 }
 
 }  // namespace gemma

@@ -36,11 +36,15 @@ class Activations {
                int64_t k, const Row& get);
 
   int64_t n = 0;
-  QuantActs chunk(int64_t first_row) const;
+  // Rows [first_row, first_row + kActChunk), from a block along K on.
+  QuantActs chunk(int64_t first_row, int64_t block = 0) const;
+  int64_t blocks() const { return blocks_; }
   const void* packed() const { return packed_.data(); }
+  size_t row_bytes() const { return row_bytes_; }  // of both forms
 
  private:
   int64_t blocks_ = 0;
+  size_t row_bytes_ = 0;
   bool fine_ = false;
   std::vector<int8_t> q_;
   std::vector<ActScale> scale_;
