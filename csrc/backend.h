@@ -100,11 +100,11 @@ class Backend {
   virtual void qkv(const Config& c, const LayerWeights& w, const Rows& rows, const Buffer& x, Buffer& q) = 0;
   // out[N, H, E] = softmax(mask(softcap(q k))) v over each row's own sequence
   virtual void attention(const Config& c, const LayerWeights& w, const Rows& rows, const Buffer& q, Buffer& out) = 0;
-  // x[N, D] += post_norm(W in), in [N, W.cols]; without post_norm x += W in
-  virtual void project_add(const Config& c, const Matrix& w, const Buffer* post_norm, int64_t n, const Buffer& in,
+  // x[N, D] += post_norm(W_o attended), attended [N, H, E]; without post_norm x += W_o attended
+  virtual void project_add(const Config& c, const LayerWeights& w, const Rows& rows, const Buffer& attended,
                            Buffer& x) = 0;
-  // h[N, F] = gelu(W_gate rmsnorm(x)) * (W_up rmsnorm(x))
-  virtual void gate_up(const Config& c, const LayerWeights& w, int64_t n, const Buffer& x, Buffer& h) = 0;
+  // x[N, D] += post_norm(W_down (gelu(W_gate y) * (W_up y))), y = rmsnorm(x)
+  virtual void feed_forward(const Config& c, const LayerWeights& w, const Rows& rows, Buffer& x) = 0;
 
   // Host results. `pick` lists rows of x.
   // logits[i, V] = softcap(W rmsnorm(x[pick[i]]))

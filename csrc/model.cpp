@@ -128,7 +128,6 @@ Model::Model(const Config& config, const std::map<std::string, HostTensor>& tens
   x_ = backend_->new_buffer();
   q_ = backend_->new_buffer();
   attended_ = backend_->new_buffer();
-  hidden_ = backend_->new_buffer();
 }
 
 size_t Model::weight_bytes() const {
@@ -156,16 +155,14 @@ void Model::layers(const Rows& rows, const Poll& poll) {
   b.resize(*x_, n * c.hidden_size);
   b.resize(*q_, n * c.num_heads * c.head_dim);
   b.resize(*attended_, n * c.num_heads * c.head_dim);
-  b.resize(*hidden_, n * c.intermediate_size);
 
   b.embed(*embedding_, rows, std::sqrt(static_cast<float>(c.hidden_size)), *x_);
   for (const LayerWeights& w : layers_) {
     poll();
     b.qkv(c, w, rows, *x_, *q_);
     b.attention(c, w, rows, *q_, *attended_);
-    b.project_add(c, *w.o, w.post_attn_norm.get(), n, *attended_, *x_);
-    b.gate_up(c, w, n, *x_, *hidden_);
-    b.project_add(c, *w.down, w.post_ffn_norm.get(), n, *hidden_, *x_);
+    b.project_add(c, w, rows, *attended_, *x_);
+    b.feed_forward(c, w, rows, *x_);
   }
 }
 

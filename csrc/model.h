@@ -89,7 +89,7 @@ class Model {
   std::unique_ptr<Buffer> final_norm_;
   std::vector<LayerWeights> layers_;
   std::vector<Weight> listing_;
-  std::unique_ptr<Buffer> x_, q_, attended_, hidden_;
+  std::unique_ptr<Buffer> x_, q_, attended_;
 };
 
 }  // namespace gemma

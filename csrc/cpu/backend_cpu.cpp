@@ -19,7 +19,7 @@ namespace {
 static_assert(kKeys == kKeyBlock, "kernels and caches agree on the attention block");
 
 struct CpuBuffer final : Buffer {
-  std::vector<float> memory;
+  Memory memory;
 };
 
 const CpuMatrix& cpu(const Matrix& m) { return static_cast<const CpuMatrix&>(m); }
@@ -50,7 +50,7 @@ class CpuBackend final : public Backend {
     auto b = std::make_unique<CpuBuffer>();
     resize(*b, source.cols);
     decode_row(source.type, source.data, source.cols, b->data);
-    for (float& w : b->memory) w += offset;
+    for (int64_t i = 0; i < source.cols; ++i) b->data[i] += offset;
     return b;
   }
 
@@ -58,8 +58,8 @@ class CpuBackend final : public Backend {
 
   void resize(Buffer& buffer, int64_t floats) override {
     auto& b = static_cast<CpuBuffer&>(buffer);
-    if (static_cast<int64_t>(b.memory.size()) < floats) b.memory.resize(floats);
-    b.data = b.memory.data();
+    b.memory.grow(floats * sizeof(float));
+    b.data = reinterpret_cast<float*>(b.memory.data());
   }
 
   std::unique_ptr<KvStore> new_kv(const Config& config, const KvShape& shape) override {
@@ -164,24 +164,17 @@ class CpuBackend final : public Backend {
     }
   }
 
-  void project_add(const Config& c, const Matrix& w, const Buffer* post_norm, int64_t n, const Buffer& in,
+  void project_add(const Config& c, const LayerWeights& w, const Rows& rows, const Buffer& attended,
                    Buffer& x) override {
-    const int64_t d = w.rows;
-    grow(y_, n * d);
-    acts_.prepare(kernels_, pool_, {&w}, n, w.cols, [&](int64_t i, float*) { return in.data + i * w.cols; });
-    matmul(kernels_, pool_, acts_, {{&cpu(w), y_.data(), d}});
-    pool_.parallel_for(n, 16, [&](int64_t begin, int64_t end, int) {
-      for (int64_t i = begin; i < end; ++i) {
-        float* y = y_.data() + i * d;
-        if (post_norm) kernels_.rms_norm(y, post_norm->data, d, c.rms_norm_eps, y);
-        kernels_.add(x.data + i * d, y, d);
-      }
-    });
+    const int64_t k = w.o->cols;
+    acts_.prepare(kernels_, pool_, {w.o.get()}, rows.n, k, [&](int64_t i, float*) { return attended.data + i * k; });
+    product_add(c, *w.o, acts_, w.post_attn_norm.get(), x);
   }
 
-  void gate_up(const Config& c, const LayerWeights& w, int64_t n, const Buffer& x, Buffer& h) override {
-    normed(c, *w.ffn_norm, {w.gate.get(), w.up.get()}, n, x);
-    matmul_geglu(kernels_, pool_, acts_, cpu(*w.gate), cpu(*w.up), h.data);
+  void feed_forward(const Config& c, const LayerWeights& w, const Rows& rows, Buffer& x) override {
+    normed(c, *w.ffn_norm, {w.gate.get(), w.up.get()}, rows.n, x);
+    matmul_geglu(kernels_, pool_, acts_, cpu(*w.gate), cpu(*w.up), cpu(*w.down), hidden_);
+    product_add(c, *w.down, hidden_, w.post_ffn_norm.get(), x);
   }
 
   void logits(const Config& c, const Buffer& norm, const Matrix& head, const Buffer& x,
@@ -278,6 +271,21 @@ class CpuBackend final : public Backend {
     acts_.prepare(kernels_, pool_, weights, n, d, [&](int64_t i, float* scratch) {
       kernels_.rms_norm(x.data + (pick ? pick[i] : i) * d, norm.data, d, c.rms_norm_eps, scratch);
       return scratch;
+    });
+  }
+
+  // x += post_norm(W in)
+  void product_add(const Config& c, const Matrix& w, const Activations& in, const Buffer* post_norm, Buffer& x) {
+    const int64_t n = in.n, d = w.rows;
+    if (!post_norm) return matmul(kernels_, pool_, in, {{&cpu(w), x.data, d, true}});
+    grow(y_, n * d);
+    matmul(kernels_, pool_, in, {{&cpu(w), y_.data(), d}});
+    pool_.parallel_for(n, 16, [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) {
+        float* y = y_.data() + i * d;
+        kernels_.rms_norm(y, post_norm->data, d, c.rms_norm_eps, y);
+        kernels_.add(x.data + i * d, y, d);
+      }
     });
   }
 
@@ -394,7 +402,7 @@ class CpuBackend final : public Backend {
 
   const Kernels& kernels_;
   ThreadPool pool_;
-  Activations acts_;
+  Activations acts_, hidden_;
   std::vector<int64_t> positions_;  // of the pass's rows
   std::vector<RopeTable> ropes_;
   std::vector<float> k_, v_, y_, partial_;

@@ -123,36 +123,78 @@ void log_sum(const float* x, int64_t n, float* max, float* sum) {
 
 // ---- activations -------------------------------------------------------------------------------------------------------
 
-void quantize(const float* x, int64_t k, bool fine, int8_t* q, ActScale* scale, int row, int rows) {
-  constexpr int kHalf = kGroups / 2;  // vectors a half
-  for (int64_t b = 0; b * kBlock < k; ++b) {
-    F v[kGroups];
-    F top[2] = {V::zero(), V::zero()}, bad = V::zero();
-    for (int g = 0; g < kGroups; ++g) {
-      const int64_t at = b * kBlock + g * W;
-      v[g] = at < k ? V::load_n(x + at, k - at) : V::zero();
-      top[g / kHalf] = V::max(top[g / kHalf], V::abs(v[g]));
-      bad = V::fma(v[g], V::zero(), bad);  // NaN where a value is not finite
+// W half blocks of 16 values at a time, so that their maxima and sums fill a vector: those of W / 2 blocks, `from` each its 32 values.
+void quantize_blocks(const float* const* from, bool fine, int8_t* const* q, ActScale* const* scale) {
+  constexpr int kVectors = 16 / W;  // a half
+  auto max_bits = [](F a, F b) { return V::as_float(V::max_i(V::as_int(a), V::as_int(b))); };
+  auto add_bits = [](F a, F b) { return V::as_float(V::add_i(V::as_int(a), V::as_int(b))); };
+  F v[W][kVectors], bits[W];
+  for (int i = 0; i < W; ++i)
+    for (int g = 0; g < kVectors; ++g) {
+      v[i][g] = V::load(from[i / 2] + i % 2 * 16 + g * W);
+      bits[i] = g ? max_bits(bits[i], V::abs(v[i][g])) : V::abs(v[i][g]);
     }
-    const float nan = V::sum(bad);
-    float amax[2] = {V::max_of(top[0]), V::max_of(top[1])};
-    if (!fine) amax[0] = amax[1] = amax[0] > amax[1] ? amax[0] : amax[1];
-    int8_t* out = q + (b * rows + row) * kBlock;
-    ActScale& s = scale[b * rows + row];
-    I sum[2] = {V::set_i(0), V::set_i(0)};
-    for (int g = 0; g < kGroups; ++g) {
-      // Too small to divide by: zeros. Not finite: zeros as well, and NaN for a scale.
-      const float a = amax[g / kHalf];
-      const I r = a > 1e-30f && nan == 0 ? V::round(V::mul(v[g], V::set(127.0f / a))) : V::set_i(0);
-      V::store_i8(out + g * W, r);
-      sum[g / kHalf] = V::add_i(sum[g / kHalf], r);
+  // As integers, magnitudes order like floats, with infinities and NaN above all.
+  I most = V::as_int(V::join(bits, max_bits));
+  const I either = V::max_i(most, V::swap_pairs(most));
+  if (!fine) most = either;
+  const F amax = V::as_float(most), d = V::mul(amax, V::set(1.0f / 127.0f));
+  alignas(64) int32_t top[W], sum[W];
+  alignas(64) float inverse[W], each_d[W], each_dsum[W];
+  V::store_i(top, either);
+  V::store(inverse, V::less(V::set(1e-30f), amax, V::div(V::set(127.0f), amax), V::zero()));
+  for (int i = 0; i < W; ++i) {
+    I total = V::set_i(0);
+    for (int g = 0; g < kVectors; ++g) {
+      const I r = top[i] < 0x7f800000 ? V::round(V::mul(v[i][g], V::set(inverse[i]))) : V::set_i(0);
+      V::store_i8(q[i / 2] + i % 2 * 16 + g * W, r);
+      total = V::add_i(total, r);
     }
-    const int32_t sum0 = V::sum_i(sum[0]), sum1 = V::sum_i(sum[1]);
-    s.d[0] = amax[0] * (1.0f / 127.0f) + nan;
-    s.d[1] = amax[1] * (1.0f / 127.0f) + nan;
-    s.dsum = s.d[0] * static_cast<float>(sum0) + s.d[1] * static_cast<float>(sum1);
-    s.sum = sum0 + sum1;
-    s.sum0 = sum0;
+    bits[i] = V::as_float(total);
+  }
+  const I sums = V::as_int(V::join(bits, add_bits));
+  V::store_i(sum, sums);
+  V::store(each_d, d);
+  V::store(each_dsum, V::mul(d, V::to_float(sums)));
+  for (int i = 0; i < W; i += 2) {
+    const bool finite = top[i] < 0x7f800000;
+    ActScale& s = *scale[i / 2];
+    s.d[0] = finite ? each_d[i] : NAN;
+    s.d[1] = finite ? each_d[i + 1] : NAN;
+    s.dsum = finite ? each_dsum[i] + each_dsum[i + 1] : NAN;
+    s.sum = sum[i] + sum[i + 1];
+    s.sum0 = sum[i];
+  }
+}
+
+void quantize(const float* x, int64_t ldx, int n, int64_t k, bool fine, int8_t* q, ActScale* scale, int rows) {
+  constexpr int kItems = W / 2;
+  float rest[kItems][kBlock];  // blocks that the row does not fill
+  int8_t no_q[kBlock];
+  ActScale no_scale;
+  const int64_t items = (k + kBlock - 1) / kBlock * n;
+  int64_t block = 0;
+  int row = 0;
+  for (int64_t done = 0; done < items; done += kItems) {
+    const float* from[kItems];
+    int8_t* to[kItems];
+    ActScale* to_scale[kItems];
+    for (int i = 0; i < kItems; ++i) {
+      const int64_t at = block * kBlock, slot = block * rows + row;
+      from[i] = x + row * ldx + at;
+      to[i] = q + slot * kBlock;
+      to_scale[i] = scale + slot;
+      if (at + kBlock > k) {
+        for (int j = 0; j < kBlock; ++j) rest[i][j] = at + j < k ? from[i][j] : 0.0f;
+        from[i] = rest[i];
+      }
+      if (done + i >= items) {
+        to[i] = no_q;
+        to_scale[i] = &no_scale;
+      }
+      if (++row == n) row = 0, ++block;
+    }
+    quantize_blocks(from, fine, to, to_scale);
   }
 }
 
@@ -165,15 +207,16 @@ int64_t pack_bytes(int64_t k) { return (k + 31) / 32 * 32 * V::kPackedSize; }
 inline int64_t piece_at(int64_t from, int64_t rows) { return from * rows * V::kPackedSize; }
 inline int64_t piece_stride(int64_t from, int64_t k) { return pack_bytes(k - from < kDepth ? k - from : kDepth); }
 
-void pack(const float* x, int64_t k, void* out, int64_t row, int64_t rows) {
-  for (int64_t from = 0; from < k; from += kDepth) {
-    auto* o = static_cast<uint8_t*>(out) + piece_at(from, rows) + row * piece_stride(from, k);
-    const int64_t to = from + kDepth < k ? from + kDepth : k;
-    int64_t i = from;
-    for (; i + 32 <= to; i += 32, o += 32 * V::kPackedSize) V::pack32(x + i, o);
-    if (i < to) {
+void pack(const float* x, int64_t at, int64_t count, int64_t k, void* out, int64_t row, int64_t rows) {
+  for (int64_t i = at; i < at + count; i += 32, x += 32) {
+    const int64_t from = i / kDepth * kDepth;
+    uint8_t* o =
+        static_cast<uint8_t*>(out) + piece_at(from, rows) + row * piece_stride(from, k) + (i - from) * V::kPackedSize;
+    if (i + 32 <= at + count) {
+      V::pack32(x, o);
+    } else {
       float rest[32] = {};
-      for (int64_t j = 0; i + j < to; ++j) rest[j] = x[i + j];
+      for (int64_t j = 0; i + j < at + count; ++j) rest[j] = x[j];
       V::pack32(rest, o);
     }
   }
@@ -399,8 +442,8 @@ void panel(DType type, const uint8_t* data, int64_t blocks, const QuantActs& a, 
 // ---- bf16 weights in file order: lane j sums k = j modulo the step, one fixed tree closes the row ------------------------
 
 constexpr int kStep = V::kBf16Step;
-constexpr int kActTiles =
-    2;  // activation tiles at once: a piece of their rows (24 KB) stays in L1 while weights stream past from L2
+constexpr int64_t kSpan =
+    4096;  // K values of a panel's weights that stay in L2; a piece of a tile's activations stays in L1
 
 // Adds K values [from, to) to the sums of R weight rows and M activation rows; `from` 0 starts them. `tail` holds the last values
 // of each weight row, padded with zeros. `ahead` is where the next tile's weights lie, null when they are in the cache.
@@ -450,24 +493,30 @@ void bf16(const uint16_t* w, int64_t ldw, int rows, int64_t k, const void* acts,
           float* out, int64_t ldo) {
   constexpr int R = V::kBf16TileW, M = V::kBf16TileX, kTiles = (kActChunk + M - 1) / M;
   static_assert(kBf16Rows % R == 0, "a call is a whole number of tiles");
-  V::Sum sum[kTiles][kBf16Rows][M];
+  V::Sum sums[kTiles][kBf16Rows][M];
   uint16_t tail[kBf16Rows][32] = {};
   for (int r = 0; r < rows; ++r)
     for (int64_t j = k / kStep * kStep; j < k; ++j) tail[r][j % kStep] = w[r * ldw + j];
-  for (int64_t from = 0; from < k; from += kDepth) {
-    const int64_t to = from + kDepth < k ? from + kDepth : k, ldx = piece_stride(from, k);
-    const uint8_t* x = static_cast<const uint8_t*>(acts) + piece_at(from, n) + first * ldx;
-    for (int t0 = 0; t0 < m; t0 += kActTiles * M)
-      for (int r = 0; r < rows; r += R) {
-        const int rn = rows - r < R ? rows - r : R;
-        // Hardware prefetch ends with a page: ask for the tile after this one, whether beside it, further along K or the next call's.
-        const uint16_t* next = r + R < rows ? w + (r + R) * ldw + from : to < k ? w + to : w + rows * ldw;
-        for (int t = t0; t < m && t < t0 + kActTiles * M; t += M)
-          Bf16Tile<M>::add(rn, m - t < M ? m - t : M, w + r * ldw, ldw, x + t * ldx, ldx, from, to, tail + r,
-                           t ? nullptr : next, &sum[t / M][r]);
+  const int64_t depth = n == 1 ? k : kDepth;  // a single row is one piece in all, and reads the weights in their order
+  for (int64_t begin = 0; begin < k; begin += kSpan) {
+    const int64_t end = n > 1 && begin + kSpan < k ? begin + kSpan : k;
+    for (int t = 0; t < m; t += M) {
+      const int tile = m - t < M ? m - t : M;
+      V::Sum(*sum)[M] = sums[t / M];
+      for (int64_t from = begin; from < end; from += depth) {
+        const int64_t to = from + depth < end ? from + depth : end, ldx = piece_stride(from, k);
+        const uint8_t* x = static_cast<const uint8_t*>(acts) + piece_at(from, n) + (first + t) * ldx;
+        for (int r = 0; r < rows; r += R) {
+          // Hardware prefetch ends with a page: ask for the tile after this one, be it beside it, further along K or the next call's.
+          const uint16_t* next = r + R < rows ? w + (r + R) * ldw + from : to < k ? w + to : w + rows * ldw;
+          Bf16Tile<M>::add(rows - r < R ? rows - r : R, tile, w + r * ldw, ldw, x, ldx, from, to, tail + r,
+                           t ? nullptr : next, sum + r);
+        }
       }
+      for (int i = 0; end == k && i < tile; ++i) V::close(&sum[0][i], M, rows, out + (t + i) * ldo);
+    }
+    if (end == k) break;
   }
-  for (int i = 0; i < m; ++i) V::close(&sum[i / M][0][i % M], M, rows, out + i * ldo);
 }
 
 // ---- attention: one block of keys for up to kQueryRows query rows --------------------------------------------------------
@@ -517,26 +566,26 @@ void attend_rows(const float* q, int64_t e, const void* k, const void* v, const 
   if (from >= to) from = to = last;
 
   constexpr int kVectors = R <= 2 ? 4 : 2;  // key vectors at once: enough chains to hide the latency of fma
-  constexpr int kSpan = kVectors * W < kKeys ? kVectors * W : kKeys;
-  for (int key = first / kSpan * kSpan; key < last; key += kSpan) {
-    F s[R][kSpan / W];
+  constexpr int kWide = kVectors * W < kKeys ? kVectors * W : kKeys;
+  for (int key = first / kWide * kWide; key < last; key += kWide) {
+    F s[R][kWide / W];
     for (int r = 0; r < R; ++r)
-      for (int i = 0; i < kSpan / W; ++i) s[r][i] = V::zero();
+      for (int i = 0; i < kWide / W; ++i) s[r][i] = V::zero();
     for (int64_t d = 0; d < e / 2; ++d)
-      for (int i = 0; i < kSpan / W; ++i) {
+      for (int i = 0; i < kWide / W; ++i) {
         F a, b;
         load_keys<F32>(k, e, d, key + i * W, a, b);
         for (int r = 0; r < R; ++r)
           s[r][i] = V::fma(V::set(q[r * e + 2 * d + 1]), b, V::fma(V::set(q[r * e + 2 * d]), a, s[r][i]));
       }
     for (int r = 0; r < R; ++r)
-      for (int i = 0; i < kSpan / W; ++i) {
+      for (int i = 0; i < kWide / W; ++i) {
         F x = c > 0 ? cap(s[r][i], c) : s[r][i];
         const int at = key + i * W;
         V::store(&p[r][at], V::between(x, V::set(-INFINITY), lo[r] - at, hi[r] - at));
       }
   }
-  const int begin = first / kSpan * kSpan, end = (last + kSpan - 1) / kSpan * kSpan;
+  const int begin = first / kWide * kWide, end = (last + kWide - 1) / kWide * kWide;
   for (int r = 0; r < R; ++r) {
     if (lo[r] >= hi[r]) {
       for (int i = begin; i < end; i += W) V::store(&p[r][i], V::zero());

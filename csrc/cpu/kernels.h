@@ -35,10 +35,12 @@ struct Kernels {
 
   // out[k] = x / rms(x) * w, sum of squares in float32. out may be x.
   void (*rms_norm)(const float* x, const float* w, int64_t n, float eps, float* out);
-  // One row of k floats (the last block padded with zeros) into slot `row` of a chunk of `rows` rows.
-  void (*quantize)(const float* x, int64_t k, bool fine, int8_t* q, ActScale* scale, int row, int rows);
-  // One row of k floats into slot `row` of the `rows` rows that `bf16` reads: pack_bytes(k) bytes each, padded with zeros.
-  void (*pack)(const float* x, int64_t k, void* out, int64_t row, int64_t rows);
+  // n rows of k floats, ldx apart (the last block padded with zeros), into slots [0, n) of a chunk of `rows` rows. A block whose
+  // largest value is too small to divide by becomes zeros; one with a value that is not finite becomes zeros times NaN.
+  void (*quantize)(const float* x, int64_t ldx, int n, int64_t k, bool fine, int8_t* q, ActScale* scale, int rows);
+  // Values [at, at + count) of a row of k floats into slot `row` of the `rows` rows that `bf16` reads: pack_bytes(k) bytes each,
+  // padded with zeros. `at` is a multiple of 32, and so is `count` unless the row ends there.
+  void (*pack)(const float* x, int64_t at, int64_t count, int64_t k, void* out, int64_t row, int64_t rows);
   int64_t (*pack_bytes)(int64_t k);
 
   // tile[row][32] = one panel of weights times a chunk of activations over `blocks` blocks of K (a multiple of 8 for K-quants);

@@ -1,42 +1,13 @@
 #include "matmul.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 
 #include "../quant.h"
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace gemma {
 
 namespace {
-
-constexpr size_t kHuge = 2u << 20;
-
-uint8_t* allocate(size_t bytes) {
-#if defined(_MSC_VER)
-  void* p = _aligned_malloc(bytes, 64);
-#else
-  const size_t align = bytes >= kHuge ? kHuge : 64;
-  void* p = std::aligned_alloc(align, (bytes + align - 1) / align * align);
-#endif
-  if (!p) throw std::bad_alloc();
-#if defined(__linux__)
-  if (bytes >= kHuge) madvise(p, (bytes + kHuge - 1) / kHuge * kHuge, MADV_HUGEPAGE);
-#endif
-  return static_cast<uint8_t*>(p);
-}
-
-void release(uint8_t* p) {
-#if defined(_MSC_VER)
-  _aligned_free(p);
-#else
-  std::free(p);
-#endif
-}
 
 // Row r, whatever its type, through float32 (values[cols]) into `target`.
 void convert_row(const HostTensor& s, int64_t r, DType target, float* values, uint8_t* out) {
@@ -74,8 +45,8 @@ std::unique_ptr<CpuMatrix> load_cpu_matrix(ThreadPool& pool, const HostTensor& s
     GEMMA_CHECK(s.cols % encoding(s.type).block == 0, "tensor \"", s.name, "\" has rows of ", s.cols,
                 " values, not a multiple of ", encoding(s.type).name, "'s block of ", encoding(s.type).block);
 
-  m->owned = {allocate(m->bytes), release};
-  uint8_t* out = m->owned.get();
+  m->owned.grow(m->bytes);
+  uint8_t* out = m->owned.data();
   m->data = out;
   const size_t in_row = row_bytes(s.type, s.cols), out_row = row_bytes(target, s.cols);
   const size_t out_panel = tiled ? panel_bytes(target, s.cols) : out_row * kPanel;
@@ -110,41 +81,48 @@ std::unique_ptr<CpuMatrix> load_cpu_matrix(ThreadPool& pool, const HostTensor& s
   return m;
 }
 
+void Activations::reserve(const Kernels& kernels, const std::vector<const Matrix*>& weights, int64_t rows, int64_t k) {
+  n = rows;
+  k_ = k;
+  blocks_ = (k + kBlock - 1) / kBlock;
+  quant_ = bf16_ = false;
+  for (const Matrix* w : weights) (encoding(w->type).quantized ? quant_ : bf16_) = true;
+  fine_ = static_cast<const CpuMatrix*>(weights[0])->fine;  // the same throughout a model
+  row_bytes_ = (quant_ ? blocks_ * (kBlock + sizeof(ActScale)) : 0) + (bf16_ ? kernels.pack_bytes(k) : 0);
+  if (quant_) {
+    q_.grow(n * blocks_ * kBlock);
+    scale_.grow(n * blocks_ * sizeof(ActScale));
+  }
+  if (bf16_) packed_.grow(n * kernels.pack_bytes(k));
+}
+
 void Activations::prepare(const Kernels& kernels, ThreadPool& pool, const std::vector<const Matrix*>& weights,
                           int64_t rows, int64_t k, const Row& get) {
-  n = rows;
-  blocks_ = (k + kBlock - 1) / kBlock;
-  bool quant = false, bf16 = false;
-  for (const Matrix* w : weights) (encoding(w->type).quantized ? quant : bf16) = true;
-  fine_ = static_cast<const CpuMatrix*>(weights[0])->fine;  // the same throughout a model
-  row_bytes_ = (quant ? blocks_ * (kBlock + sizeof(ActScale)) : 0) + (bf16 ? kernels.pack_bytes(k) : 0);
-  auto grow = [](auto& v, size_t size) {
-    if (v.size() < size) v.resize(size);
-  };
-  if (quant) {
-    grow(q_, n * blocks_ * kBlock);
-    grow(scale_, n * blocks_);
-  }
-  if (bf16) grow(packed_, n * kernels.pack_bytes(k));
-  grow(scratch_, pool.size());
-  for (auto& s : scratch_) grow(s, k);
+  reserve(kernels, weights, rows, k);
+  scratch_.resize(pool.size());
+  for (auto& s : scratch_)
+    if (static_cast<int64_t>(s.size()) < k) s.resize(k);
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, k));
   pool.parallel_for(n, grain, [&](int64_t begin, int64_t end, int thread) {
-    for (int64_t i = begin; i < end; ++i) {
-      const float* x = get(i, scratch_[thread].data());
-      if (quant) {
-        const QuantActs c = chunk(i / kActChunk * kActChunk);
-        kernels.quantize(x, k, fine_, const_cast<int8_t*>(c.q), const_cast<ActScale*>(c.scale),
-                         static_cast<int>(i % kActChunk), c.rows);
-      }
-      if (bf16) kernels.pack(x, k, packed_.data(), i, n);
-    }
+    for (int64_t i = begin; i < end; ++i) put(kernels, 0, k, i, 1, get(i, scratch_[thread].data()), k);
   });
+}
+
+void Activations::put(const Kernels& kernels, int64_t at, int64_t count, int64_t first, int m, const float* x,
+                      int64_t ldx) {
+  if (quant_) {
+    const QuantActs c = chunk(first / kActChunk * kActChunk, at / kBlock);
+    const int64_t slot = first % kActChunk;
+    kernels.quantize(x, ldx, m, count, fine_, const_cast<int8_t*>(c.q) + slot * kBlock,
+                     const_cast<ActScale*>(c.scale) + slot, c.rows);
+  }
+  for (int i = 0; bf16_ && i < m; ++i) kernels.pack(x + i * ldx, at, count, k_, packed_.data(), first + i, n);
 }
 
 QuantActs Activations::chunk(int64_t first, int64_t block) const {
   const int64_t rows = std::min<int64_t>(kActChunk, n - first), at = first * blocks_ + block * rows;
-  return {q_.data() + at * kBlock, scale_.data() + at, static_cast<int>(rows), fine_};
+  return {reinterpret_cast<int8_t*>(q_.data()) + at * kBlock, reinterpret_cast<ActScale*>(scale_.data()) + at,
+          static_cast<int>(rows), fine_};
 }
 
 namespace {
@@ -163,6 +141,10 @@ int64_t grain_of(const ThreadPool& pool, size_t bytes, int64_t panels) {
 struct Panel {
   const CpuMatrix* w;
   int64_t index;
+  int rows() const { return static_cast<int>(std::min<int64_t>(kPanel, w->rows - index * kPanel)); }
+  const uint8_t* data() const { return w->at_row(index * kPanel); }
+  const uint16_t* bf16 = nullptr;  // rows of bf16 weights, ld apart
+  int64_t ld = 0;
 };
 
 constexpr int kGroup = 4;              // panels that meet a chunk of activations together
@@ -176,9 +158,8 @@ void group_product(const Kernels& kernels, const Activations& x, const Panel* pa
   for (int p = 0; p < count; ++p) {
     const CpuMatrix& w = *panels[p].w;
     if (encoding(w.type).quantized) continue;
-    const int rows = static_cast<int>(std::min<int64_t>(kPanel, w.rows - panels[p].index * kPanel));
-    kernels.bf16(reinterpret_cast<const uint16_t*>(w.at_row(panels[p].index * kPanel)), w.cols, rows, w.cols,
-                 x.packed(), m0, m, x.n, tiles + p * kTile, kPanel);
+    kernels.bf16(panels[p].bf16, panels[p].ld, panels[p].rows(), w.cols, x.packed(), m0, m, x.n, tiles + p * kTile,
+                 kPanel);
   }
   const int64_t step = count > 1 ? kGroupBlocks : x.blocks();
   for (int64_t from = 0; from < x.blocks(); from += step)
@@ -187,16 +168,35 @@ void group_product(const Kernels& kernels, const Activations& x, const Panel* pa
       const Encoding& e = encoding(w.type);
       if (!e.quantized) continue;
       const int64_t unit = e.block / kBlock, blocks = (w.cols + e.block - 1) / e.block * unit;
-      kernels.panel(w.type, w.at_row(panels[p].index * kPanel) + from / unit * e.unit_bytes,
-                    std::min(step, blocks - from), x.chunk(m0, from), from > 0, tiles + p * kTile);
+      kernels.panel(w.type, panels[p].data() + from / unit * e.unit_bytes, std::min(step, blocks - from),
+                    x.chunk(m0, from), from > 0, tiles + p * kTile);
     }
+}
+
+// Where the rows of bf16 panels lie: in the file's order, or, for many activation rows, copied to where they are closer together than
+// the pages and cache sets that a power of two between them would crowd.
+void place_bf16(Panel* panels, int count, bool copy) {
+  static thread_local Memory scratch;
+  for (int p = 0; p < count; ++p) {
+    const int64_t k = panels[p].w->cols;
+    panels[p].bf16 = reinterpret_cast<const uint16_t*>(panels[p].data());
+    panels[p].ld = k;
+    if (!copy) continue;
+    panels[p].ld = k + 32;
+    const size_t bytes = panels[p].ld * sizeof(uint16_t);
+    scratch.grow(std::max<size_t>(1u << 20, count * kPanel * bytes));
+    uint8_t* out = scratch.data() + p * kPanel * bytes;
+    for (int r = 0; r < panels[p].rows(); ++r)
+      std::memcpy(out + r * bytes, panels[p].bf16 + r * k, k * sizeof(uint16_t));
+    panels[p].bf16 = reinterpret_cast<const uint16_t*>(out);
+  }
 }
 
 // Every panel of a list, `each` of them side by side, times every row: done(i, m0, m, tiles) for the i-th of them.
 template <class At, class Done>
 void each_product(const Kernels& kernels, ThreadPool& pool, const Activations& x, int64_t total, int each, size_t bytes,
                   At at, Done done) {
-  const int group = x.n < kManyRows ? each : kGroup;
+  const int group = x.n < kManyRows || x.bf16() ? each : kGroup;
   // Rows of activations that a sweep over the weights takes: as many as stay in a share of the last cache.
   constexpr size_t kCache = 4u << 20;
   const int64_t sweep = std::max<int64_t>(1, static_cast<int64_t>(kCache / x.row_bytes()) / kActChunk) * kActChunk;
@@ -209,6 +209,7 @@ void each_product(const Kernels& kernels, ThreadPool& pool, const Activations& x
       for (int64_t i = begin; i < end; i += group / each) {
         const int count = static_cast<int>(std::min<int64_t>(group / each, end - i));
         for (int j = 0; j < count; ++j) at(i + j, panels + j * each);
+        if (!encoding(panels->w->type).quantized) place_bf16(panels, count * each, x.n >= 2 * kActChunk);
         for (int64_t m0 = from; m0 < std::min(x.n, from + sweep); m0 += kActChunk) {
           const int m = static_cast<int>(std::min<int64_t>(kActChunk, x.n - m0));
           group_product(kernels, x, panels, count * each, m0, m, tiles);
@@ -227,38 +228,41 @@ void matmul(const Kernels& kernels, ThreadPool& pool, const Activations& x, cons
     total += panels_of(*p.w);
     bytes += p.w->bytes;
   }
-  auto product_of = [&](int64_t& i) -> const Product& {
-    size_t which = 0;
-    while (i >= panels_of(*products[which].w)) i -= panels_of(*products[which++].w);
-    return products[which];
-  };
   each_product(
       kernels, pool, x, total, 1, bytes,
       [&](int64_t i, Panel* panel) {
-        const Product& p = product_of(i);
-        *panel = {p.w, i};
+        size_t which = 0;
+        while (i >= panels_of(*products[which].w)) i -= panels_of(*products[which++].w);
+        *panel = {products[which].w, i};
       },
       [&](const Panel* panel, int64_t m0, int m, const float* tile) {
         const Product* p = products.data();
         while (p->w != panel->w) ++p;
         const int64_t first = panel->index * kPanel, rows = std::min<int64_t>(kPanel, p->w->rows - first);
-        for (int j = 0; j < m; ++j)
-          std::memcpy(p->y + (m0 + j) * p->ldy + first, tile + j * kPanel, rows * sizeof(float));
+        for (int j = 0; j < m; ++j) {
+          float* y = p->y + (m0 + j) * p->ldy + first;
+          if (p->add)
+            kernels.add(y, tile + j * kPanel, rows);
+          else
+            std::memcpy(y, tile + j * kPanel, rows * sizeof(float));
+        }
       });
 }
 
 void matmul_geglu(const Kernels& kernels, ThreadPool& pool, const Activations& x, const CpuMatrix& gate,
-                  const CpuMatrix& up, float* h) {
+                  const CpuMatrix& up, const CpuMatrix& down, Activations& h) {
+  static_assert(kPanel == kBlock, "a panel of the results is a block of the next product's activations");
+  h.reserve(kernels, {&down}, x.n, gate.rows);
   each_product(
       kernels, pool, x, panels_of(gate), 2, gate.bytes + up.bytes,
       [&](int64_t i, Panel* panels) {
         panels[0] = {&gate, i};
         panels[1] = {&up, i};
       },
-      [&](const Panel* panels, int64_t m0, int m, const float* tiles) {
+      [&](const Panel* panels, int64_t m0, int m, float* tiles) {
         const int64_t first = panels->index * kPanel, rows = std::min<int64_t>(kPanel, gate.rows - first);
-        for (int j = 0; j < m; ++j)
-          kernels.geglu(tiles + j * kPanel, tiles + kTile + j * kPanel, rows, h + (m0 + j) * gate.rows + first);
+        kernels.geglu(tiles, tiles + kTile, m * kPanel, tiles);
+        h.put(kernels, first, rows, m0, m, tiles, kPanel);
       });
 }
 

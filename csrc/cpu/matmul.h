@@ -8,6 +8,7 @@
 #include "../backend.h"
 #include "../quant.h"
 #include "kernels.h"
+#include "memory.h"
 #include "threads.h"
 
 namespace gemma {
@@ -15,7 +16,7 @@ namespace gemma {
 struct CpuMatrix final : Matrix {
   const uint8_t* data = nullptr;  // panels, or bf16 rows in file order
   bool fine = false;              // its activations get a scale every 16 values instead of 32
-  std::unique_ptr<uint8_t, void (*)(uint8_t*)> owned{nullptr, nullptr};
+  Memory owned;
   const uint8_t* host_data() const override { return data; }
   // Where row r (a multiple of 32 in a tiled matrix) begins.
   const uint8_t* at_row(int64_t r) const {
@@ -30,37 +31,42 @@ std::unique_ptr<CpuMatrix> load_cpu_matrix(ThreadPool& pool, const HostTensor& s
 // Activations [n, k] in the forms that the weights at hand need.
 class Activations {
  public:
+  // Room for n rows of k values.
+  void reserve(const Kernels& kernels, const std::vector<const Matrix*>& weights, int64_t n, int64_t k);
   // Row i of the input is get(i); `get` may compute it into scratch[k].
   using Row = std::function<const float*(int64_t i, float* scratch)>;
   void prepare(const Kernels& kernels, ThreadPool& pool, const std::vector<const Matrix*>& weights, int64_t n,
                int64_t k, const Row& get);
+  // Values [at, at + count) of rows [first, first + m), from x[m][ldx]: rows of one chunk, `at` a multiple of 32 and `count` 32 or what
+  // is left of k.
+  void put(const Kernels& kernels, int64_t at, int64_t count, int64_t first, int m, const float* x, int64_t ldx);
 
   int64_t n = 0;
   // Rows [first_row, first_row + kActChunk), from a block along K on.
   QuantActs chunk(int64_t first_row, int64_t block = 0) const;
   int64_t blocks() const { return blocks_; }
   const void* packed() const { return packed_.data(); }
+  bool bf16() const { return bf16_; }
   size_t row_bytes() const { return row_bytes_; }  // of both forms
 
  private:
-  int64_t blocks_ = 0;
+  int64_t k_ = 0, blocks_ = 0;
   size_t row_bytes_ = 0;
-  bool fine_ = false;
-  std::vector<int8_t> q_;
-  std::vector<ActScale> scale_;
-  std::vector<uint8_t> packed_;
+  bool quant_ = false, bf16_ = false, fine_ = false;
+  Memory q_, scale_, packed_;
   std::vector<std::vector<float>> scratch_;
 };
 
-// One product y[n, w.rows] = x W^T. `y` has n rows of `ldy` floats.
+// One product y[n, w.rows] = x W^T. `y` has n rows of `ldy` floats; `add`: y += x W^T.
 struct Product {
   const CpuMatrix* w;
   float* y;
   int64_t ldy;
+  bool add = false;
 };
 void matmul(const Kernels& kernels, ThreadPool& pool, const Activations& x, const std::vector<Product>& products);
-// h[n, rows] = gelu(gate x) * (up x)
+// h[n, rows] = gelu(gate x) * (up x), ready for the product with `down`.
 void matmul_geglu(const Kernels& kernels, ThreadPool& pool, const Activations& x, const CpuMatrix& gate,
-                  const CpuMatrix& up, float* h);
+                  const CpuMatrix& up, const CpuMatrix& down, Activations& h);
 
 }  // namespace gemma

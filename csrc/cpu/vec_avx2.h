@@ -57,7 +57,23 @@ struct V {
   static I shl_i(I a) {
     return _mm256_slli_epi32(a, N);
   }
+  static I max_i(I a, I b) { return _mm256_max_epi32(a, b); }
   static F as_float(I a) { return _mm256_castsi256_ps(a); }
+  static I as_int(F a) { return _mm256_castps_si256(a); }
+  static void store_i(int32_t* p, I x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+  static I swap_pairs(I x) { return _mm256_shuffle_epi32(x, 0xb1); }
+  // Lane i: the 8 lanes of v[i] joined by op in the tree of `sum`.
+  template <class Op>
+  static F join(const F* v, Op op) {
+    F t[4], u[2];
+    for (int j = 0; j < 4; ++j)  // lanes k and k + 4
+      t[j] = op(_mm256_permute2f128_ps(v[j], v[j + 4], 0x20), _mm256_permute2f128_ps(v[j], v[j + 4], 0x31));
+    for (int j = 0; j < 2; ++j)  // k and k + 2
+      u[j] = op(_mm256_shuffle_ps(t[j], t[j + 2], 0x44), _mm256_shuffle_ps(t[j], t[j + 2], 0xee));
+    const __m256i order = _mm256_setr_epi32(0, 2, 1, 3, 4, 6, 5, 7);
+    return _mm256_permutevar8x32_ps(op(_mm256_shuffle_ps(u[0], u[1], 0x88), _mm256_shuffle_ps(u[0], u[1], 0xdd)),
+                                    order);
+  }
   static int32_t sum_i(I x) {
     __m128i q = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
     q = _mm_add_epi32(q, _mm_shuffle_epi32(q, 0x4e));

@@ -59,7 +59,24 @@ struct V {
   static I shl_i(I a) {
     return _mm512_slli_epi32(a, N);
   }
+  static I max_i(I a, I b) { return _mm512_max_epi32(a, b); }
   static F as_float(I a) { return _mm512_castsi512_ps(a); }
+  static I as_int(F a) { return _mm512_castps_si512(a); }
+  static void store_i(int32_t* p, I x) { _mm512_storeu_si512(p, x); }
+  static I swap_pairs(I x) { return _mm512_shuffle_epi32(x, static_cast<_MM_PERM_ENUM>(0xb1)); }
+  // Lane i: the 16 lanes of v[i] joined by op in the tree of `sum`.
+  template <class Op>
+  static F join(const F* v, Op op) {
+    F t[8], u[4], w[2];
+    for (int j = 0; j < 8; ++j)  // lanes k and k + 8
+      t[j] = op(_mm512_shuffle_f32x4(v[j], v[j + 8], 0x44), _mm512_shuffle_f32x4(v[j], v[j + 8], 0xee));
+    for (int j = 0; j < 4; ++j)  // k and k + 4
+      u[j] = op(_mm512_shuffle_f32x4(t[j], t[j + 4], 0x88), _mm512_shuffle_f32x4(t[j], t[j + 4], 0xdd));
+    for (int j = 0; j < 2; ++j)  // k and k + 2
+      w[j] = op(_mm512_shuffle_ps(u[j], u[j + 2], 0x44), _mm512_shuffle_ps(u[j], u[j + 2], 0xee));
+    const __m512i order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
+    return _mm512_permutexvar_ps(order, op(_mm512_shuffle_ps(w[0], w[1], 0x88), _mm512_shuffle_ps(w[0], w[1], 0xdd)));
+  }
   static int32_t sum_i(I x) { return _mm512_reduce_add_epi32(x); }
   static I lane_index() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
   // lo <= lane < hi ? a : b
@@ -131,20 +148,10 @@ struct V {
   }
   // out[i] = sum(s[i * stride]) for i < n: 16 trees at once, each the tree of `sum`.
   static void close(const Sum* s, int stride, int n, float* out) {
-    const __m512i order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
     for (int i = 0; i < n; i += 16, s += 16 * stride) {
-      auto at = [&](int j) { return i + j < n ? s[j * stride].x : _mm512_setzero_ps(); };
-      __m512 t[8], u[4], v[2];
-      for (int j = 0; j < 8; ++j) {  // lanes k and k + 8
-        const __m512 a = at(j), b = at(j + 8);
-        t[j] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
-      }
-      for (int j = 0; j < 4; ++j)  // k and k + 4
-        u[j] = _mm512_add_ps(_mm512_shuffle_f32x4(t[j], t[j + 4], 0x88), _mm512_shuffle_f32x4(t[j], t[j + 4], 0xdd));
-      for (int j = 0; j < 2; ++j)  // k and k + 2
-        v[j] = _mm512_add_ps(_mm512_shuffle_ps(u[j], u[j + 2], 0x44), _mm512_shuffle_ps(u[j], u[j + 2], 0xee));
-      const __m512 w = _mm512_add_ps(_mm512_shuffle_ps(v[0], v[1], 0x88), _mm512_shuffle_ps(v[0], v[1], 0xdd));
-      store_n(out + i, _mm512_permutexvar_ps(order, w), n - i);
+      F v[16];
+      for (int j = 0; j < 16; ++j) v[j] = i + j < n ? s[j * stride].x : zero();
+      store_n(out + i, join(v, add), n - i);
     }
   }
   // 32 floats to packed form

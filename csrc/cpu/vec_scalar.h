@@ -130,6 +130,28 @@ struct V {
     GEMMA_EACH a.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << N);
     return a;
   }
+  static I max_i(I a, I b) {
+    GEMMA_EACH a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+    return a;
+  }
+  static I as_int(F a) {
+    I r;
+    std::memcpy(r.v, a.v, sizeof(r.v));
+    return r;
+  }
+  static void store_i(int32_t* p, I x) { std::memcpy(p, x.v, sizeof(x.v)); }
+  static I swap_pairs(I x) {
+    I r;
+    GEMMA_EACH r.v[i] = x.v[i ^ 1];
+    return r;
+  }
+  // Lane i: the lanes of v[i] joined by op in the tree of `sum`.
+  template <class Op>
+  static F join(const F* v, Op op) {
+    F x[W];  // transposed
+    for (int j = 0; j < W; ++j) GEMMA_EACH x[j].v[i] = v[i].v[j];
+    return op(op(op(x[0], x[4]), op(x[2], x[6])), op(op(x[1], x[5]), op(x[3], x[7])));
+  }
   static F as_float(I a) {
     F r;
     std::memcpy(r.v, a.v, sizeof(r.v));
