@@ -13,6 +13,7 @@
 #include <unistd.h>
 #endif
 
+#include "cpu/head.h"
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
 #include "cpu/matmul.h"
@@ -343,6 +344,20 @@ py::array_t<float> test_product(const std::string& type, const py::buffer& data,
   return y;
 }
 
+// The panels of a Q8_0 head that HeadScan leaves for the k best products with x[m, cols].
+std::vector<int64_t> test_reachable(const py::buffer& data, int64_t rows, int64_t cols, const FloatArray& x, int64_t k,
+                                    float softcap, bool fine) {
+  py::buffer_info view = data.request();
+  const HostTensor t = tensor_of("reachable", py::make_tuple("Q8_0", py::make_tuple(rows, cols), data), view);
+  GEMMA_CHECK(x.ndim() == 2 && x.shape(1) == cols, "x must be [m, ", cols, "]");
+  ThreadPool pool(2);
+  const auto w = load_cpu_matrix(pool, t, t.type, {});
+  w->fine = fine;
+  Activations acts;
+  acts.prepare(kernels(), pool, {w.get()}, x.shape(0), cols, [&](int64_t i, float*) { return x.data() + i * cols; });
+  return HeadScan().reachable(kernels(), pool, acts, *w, k, softcap);
+}
+
 py::bytes test_tile(const std::string& type, const py::bytes& data, int64_t rows, int64_t cols, bool back) {
   const DType t = dtype_of("tile", type);
   const std::string in = data;
@@ -391,6 +406,8 @@ void add_testing(py::module_& m) {
   py::module_ t = m.def_submodule("testing", "Single kernels of the level in use, for the test suite.");
   t.def("product", test_product, py::arg("dtype"), py::arg("data"), py::arg("rows"), py::arg("cols"), py::arg("x"),
         py::arg("threads") = 1, py::arg("fine") = false);
+  t.def("reachable", test_reachable, py::arg("data"), py::arg("rows"), py::arg("cols"), py::arg("x"), py::arg("k"),
+        py::arg("softcap") = 0.0f, py::arg("fine") = false);
   t.def("tile",
         [](const std::string& n, const py::bytes& d, int64_t r, int64_t c) { return test_tile(n, d, r, c, false); });
   t.def("untile",

@@ -48,10 +48,10 @@ static_assert(sizeof(BlockQ5_0) == 22 && sizeof(BlockQ5_1) == 24, "as in files")
 static_assert(sizeof(BlockQ4_K) == 144 && sizeof(BlockQ5_K) == 176 && sizeof(BlockQ6_K) == 210, "as in files");
 
 constexpr Encoding kEncodings[] = {
-    {"F32", 1, 4, 0, false},        {"F16", 1, 2, 0, false},        {"BF16", 1, 2, 0, false},
-    {"Q8_0", 32, 34, 1088, true},   {"Q4_0", 32, 18, 576, true},    {"Q4_1", 32, 20, 640, true},
-    {"Q5_0", 32, 22, 704, true},    {"Q5_1", 32, 24, 768, true},    {"Q4_K", 256, 144, 4608, true},
-    {"Q5_K", 256, 176, 5632, true}, {"Q6_K", 256, 210, 6720, true},
+    {"F32", 1, 4, 0, 0, false},        {"F16", 1, 2, 0, 0, false},        {"BF16", 1, 2, 0, 0, false},
+    {"Q8_0", 32, 34, 1088, 512, true}, {"Q4_0", 32, 18, 576, 0, true},    {"Q4_1", 32, 20, 640, 0, true},
+    {"Q5_0", 32, 22, 704, 0, true},    {"Q5_1", 32, 24, 768, 0, true},    {"Q4_K", 256, 144, 4608, 0, true},
+    {"Q5_K", 256, 176, 5632, 0, true}, {"Q6_K", 256, 210, 6720, 0, true},
 };
 
 // Where a block of 32 along K has its parts, in a file's block and in a panel's unit. -1: it has none.
@@ -190,11 +190,6 @@ void write_values(DType t, uint8_t* p, int j, const uint32_t* w) {
 
 // One row's values of a block in a panel's planes (r < 32), see quant.h.
 void write_planes(int bits, uint8_t* planes, const uint32_t (*w)[8]) {
-  if (bits == 8) {
-    for (int i = 0; i < 8; ++i)
-      for (int r = 0; r < kPanel; ++r) store32(planes + i * 128 + r * 4, w[r][i]);
-    return;
-  }
   if (bits == 5) {
     for (int r = 0; r < kPanel; ++r) {
       uint32_t x = 0;
@@ -217,10 +212,6 @@ void write_planes(int bits, uint8_t* planes, const uint32_t (*w)[8]) {
 }
 
 void read_planes(int bits, const uint8_t* planes, int r, uint32_t* w) {
-  if (bits == 8) {
-    for (int i = 0; i < 8; ++i) w[i] = load32(planes + i * 128 + r * 4);
-    return;
-  }
   const uint8_t* high = planes;
   planes += bits == 5 ? 128 : bits == 6 ? 256 : 0;
   for (int i = 0; i < 8; ++i) w[i] = load32(planes + i * 64 + r % 16 * 4) >> 4 * (r / 16) & kLow;
@@ -229,6 +220,41 @@ void read_planes(int bits, const uint8_t* planes, int r, uint32_t* w) {
   if (bits == 6)
     for (int i = 0; i < 8; ++i) w[i] |= (load32(high + i / 4 * 128 + r * 4) >> 2 * (i % 4) & kPairs) << 4;
 }
+
+// A panel's units: where each begins, and its planes, whatever lies between.
+struct Units {
+  Units(DType t, int64_t k) : type(t), e(encoding(t)), l(layout(t)), stride(e.unit_bytes - e.tail_bytes) {
+    count = (k + e.block - 1) / e.block;
+  }
+  int64_t at(int64_t u) const { return u * stride; }
+  int64_t planes(int64_t u, int j) const { return at(u) + l.unit_planes + j * l.planes_stride; }
+  int64_t tail(int64_t u) const { return count * stride + u * e.tail_bytes; }
+
+  void write(uint8_t* panel, int64_t u, int j, const uint32_t (*w)[8]) const {
+    if (l.bits != 8) return write_planes(l.bits, panel + planes(u, j), w);
+    uint32_t high[kPanel][8], low[kPanel][8];
+    for (int r = 0; r < kPanel; ++r)
+      for (int i = 0; i < 8; ++i) {
+        high[r][i] = w[r][i] >> 4 & kLow;
+        low[r][i] = w[r][i] & kLow;
+      }
+    write_planes(4, panel + planes(u, j), high);
+    write_planes(4, panel + tail(u), low);
+  }
+
+  void read(const uint8_t* panel, int64_t u, int j, int r, uint32_t* w) const {
+    if (l.bits != 8) return read_planes(l.bits, panel + planes(u, j), r, w);
+    uint32_t low[8];
+    read_planes(4, panel + planes(u, j), r, w);
+    read_planes(4, panel + tail(u), r, low);
+    for (int i = 0; i < 8; ++i) w[i] = w[i] << 4 | low[i];
+  }
+
+  DType type;
+  const Encoding& e;
+  Layout l;
+  int64_t stride, count = 0;
+};
 
 // Six-bit scale and offset j of a Q4_K or Q5_K block.
 void read_scale(const uint8_t* s, int j, int* sc, int* mn) {
@@ -386,10 +412,11 @@ void decode_row(DType type, const uint8_t* row, int64_t k, float* out) {
 }
 
 void decode_tiled_row(DType type, const uint8_t* panel, int r, int64_t k, float* out) {
-  const Layout l = layout(type);
+  const Units units(type, k);
+  const Layout& l = units.l;
   const int per = blocks_of(type);
   for (int64_t b = 0; b * kBlock < k; ++b) {
-    const uint8_t* unit = panel + b / per * encoding(type).unit_bytes;
+    const uint8_t* unit = panel + units.at(b / per);
     const int j = static_cast<int>(b % per);
     const float d = half_to_float(load16(unit + 2 * r)),
                 m = l.file_m < 0 ? 0 : half_to_float(load16(unit + 64 + 2 * r));
@@ -405,7 +432,7 @@ void decode_tiled_row(DType type, const uint8_t* panel, int r, int64_t k, float*
       s.d2 = d * static_cast<float>(sc[32]);
     }
     uint32_t w[8];
-    read_planes(l.bits, unit + l.unit_planes + j * l.planes_stride, r, w);
+    units.read(panel, b / per, j, r, w);
     float last[kBlock];
     const bool whole = (b + 1) * kBlock <= k;
     decode_values(w, l.offset, s, whole ? out + b * kBlock : last);
@@ -415,13 +442,15 @@ void decode_tiled_row(DType type, const uint8_t* panel, int r, int64_t k, float*
 
 void tile_panel(DType type, const uint8_t* src, size_t row_stride, int rows, int64_t k, uint8_t* panel) {
   const Encoding& e = encoding(type);
-  const Layout l = layout(type);
+  const Units units(type, k);
+  const Layout& l = units.l;
   const int per = blocks_of(type);
   // Rows past the end: scale 0, values at the zero point.
   alignas(64) uint32_t w[kPanel][8];
   for (int r = rows; r < kPanel; ++r)
     for (uint32_t& x : w[r]) x = static_cast<uint32_t>(l.offset) * kOnes;
-  for (int64_t u = 0; u * e.block < k; ++u, panel += e.unit_bytes) {
+  uint8_t* const whole = panel;
+  for (int64_t u = 0; u < units.count; ++u, panel += units.stride) {
     const uint8_t* p = src + u * e.block_bytes;
     if (rows < kPanel || l.two_level) std::memset(panel, 0, static_cast<size_t>(l.unit_planes));
     for (int r = 0; r < rows; ++r) {
@@ -448,20 +477,20 @@ void tile_panel(DType type, const uint8_t* src, size_t row_stride, int rows, int
             planes[32 * h + r - 64] = p[r * row_stride + offsetof(BlockQ6_K, scales) + 2 * j + h];
       }
       for (int r = 0; r < rows; ++r) read_values(type, p + r * row_stride, j, w[r]);
-      write_planes(l.bits, planes, w);
+      units.write(whole, u, j, w);
     }
   }
 }
 
 void untile_row(DType type, const uint8_t* panel, int r, int64_t k, uint8_t* row) {
   const Encoding& e = encoding(type);
-  const Layout l = layout(type);
-  for (int64_t u = 0; u * e.block < k; ++u, panel += e.unit_bytes, row += e.block_bytes) {
+  const Units units(type, k);
+  for (int64_t u = 0; u < units.count; ++u, row += e.block_bytes) {
     std::memset(row, 0, static_cast<size_t>(e.block_bytes));
-    untile_scales(type, l, panel, r, row);
+    untile_scales(type, units.l, panel + units.at(u), r, row);
     for (int j = 0; j < blocks_of(type); ++j) {
       uint32_t w[8];
-      read_planes(l.bits, panel + l.unit_planes + j * l.planes_stride, r, w);
+      units.read(panel, u, j, r, w);
       write_values(type, row, j, w);
     }
   }

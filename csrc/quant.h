@@ -5,12 +5,13 @@
 // sequential read feeds 32 rows. Values are re-laid, never re-quantised: untiling gives the file's bytes back.
 //
 // Planes of one block of 32 along K, r = row within 16, h = row / 16, k = 4 * k4 + kk:
-//   8-bit   [8 k4][2 h][16 r][4 kk]         byte = q + 128                                        1024 bytes
 //   4-bit   [8 k4][16 r][4 kk]              low nibble: row r, high nibble: row r + 16              512 bytes
 //   1-bit   [2 h][16 r][4 kk]               bit k4 = bit 4 of that value                            128 bytes
 //   2-bit   [2 g][2 h][16 r][4 kk]          bits 2i, 2i+1 = bits 4, 5 of k4 = 4 g + i               256 bytes
 // Units (fp16 arrays have one entry a row of the panel):
-//   Q8_0    d[32], 8-bit                    Q4_0    d[32], 4-bit             Q4_1    d[32], m[32], 4-bit
+//   Q8_0    d[32], 4-bit of (q + 128) >> 4; the low halves, 4-bit of (q + 128) & 15, follow the panel's last unit: choosing the
+//           best of a vocabulary reads little more than the high ones
+//                                           Q4_0    d[32], 4-bit             Q4_1    d[32], m[32], 4-bit
 //   Q5_0    d[32], 1-bit, 4-bit             Q5_1    d[32], m[32], 1-bit, 4-bit
 //   Q4_K    d[32], dmin[32], uint32 hi[32], uint8 lo[8][32], then 8 x { 4-bit }
 //   Q5_K    the same header, then 8 x { 1-bit, 4-bit }
@@ -34,6 +35,7 @@ struct Encoding {
   int block;        // values a file block
   int block_bytes;  // bytes a file block
   int unit_bytes;   // bytes a unit of a panel: 32 rows x block values
+  int tail_bytes;   // of these, how many stand at the panel's end
   bool quantized;
 };
 

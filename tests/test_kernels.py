@@ -136,6 +136,45 @@ def test_tiling(name: str) -> None:
         np.testing.assert_array_equal(T.dequantize("TILED:" + name, tiled, rows, k), expected)
 
 
+@pytest.mark.parametrize("fine", [False, True])
+@pytest.mark.parametrize(("rows", "k"), [(4096 + 7, 640), (2100, 96)])
+def test_head_scan(rows: int, k: int, fine: bool) -> None:
+    """What the scan rules out is not among the best, and where one token stands out it rules out nearly everything."""
+    rng = np.random.default_rng(rows)
+    w = rng.standard_normal((rows, k)).astype(np.float32) * np.exp(rng.standard_normal((rows, 1)) / 4).astype(np.float32)
+    data = T.quantize("Q8_0", w)
+    for trial in range(20):
+        m = trial % 8 + 1
+        x = rng.standard_normal((m, k)).astype(np.float32)
+        x[:, rng.integers(k)] *= 30  # one large activation, as models have
+        if trial % 2:
+            x += 3 * w[rng.integers(rows, size=m)]
+        y = T.product("Q8_0", data, rows, k, x, fine=fine)
+        for best in (1, 5):
+            panels = T.reachable(data, rows, k, x, best, fine=fine)
+            assert panels == sorted(set(panels)) and 0 <= panels[0] and panels[-1] <= rows // 32
+            wanted = np.argsort(-y, axis=1, kind="stable")[:, :best]
+            assert set((wanted // 32).ravel()) <= set(panels)
+        if trial % 2 and k > 96:
+            assert len(T.reachable(data, rows, k, x, 1, fine=fine)) <= 4 * m
+
+
+def test_head_scan_knows_its_limits() -> None:
+    rng = np.random.default_rng(2)
+    rows, k = 2048, 64
+    w = rng.standard_normal((rows, k)).astype(np.float32)
+    data, x = T.quantize("Q8_0", w), 50 * w[:1]
+    everything = list(range(rows // 32))
+    assert len(T.reachable(data, rows, k, x, 1)) < 5
+    assert T.reachable(data, rows, k, x, 41) == everything  # too many to be worth a scan
+    assert T.reachable(data, rows, k, np.repeat(x, 9, 0), 1) == everything
+    assert T.reachable(data, rows, k, x, 1, softcap=30.0) == everything  # saturated: different products may tie
+    assert len(T.reachable(data, rows, k, x / 100, 1, softcap=30.0)) < 5
+    assert T.reachable(data, rows, k, 0 * x, 1) == everything
+    x[0, 3] = np.nan
+    assert T.reachable(data, rows, k, x, 1) == everything
+
+
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_0"])
 def test_encoding_weights(name: str) -> None:
     x = np.random.default_rng(5).standard_normal((9, 320)).astype(np.float32)

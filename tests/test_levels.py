@@ -39,6 +39,9 @@ for name in BLOCK:
         for m in (1, 5, 70):
             for fine in (False, True):
                 digest.update(T.product(name, data, rows, k, x[:m], threads=2, fine=fine).tobytes())
+data = T.quantize("Q8_0", rng.standard_normal((640, 320)).astype(np.float32))
+for m in (1, 3):
+    digest.update(repr(T.reachable(data, 640, 320, rng.standard_normal((m, 320)).astype(np.float32), 2)).encode())
 print(_native.isa(), digest.hexdigest())
 """
 

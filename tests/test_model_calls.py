@@ -65,6 +65,20 @@ def test_score_and_top_k_of_a_large_vocabulary(speck: Callable[..., Checkpoint])
         assert values.tobytes() == logits[-1][order].tobytes()
 
 
+def test_top_k_of_an_8_bit_head(speck: Callable[..., Checkpoint]) -> None:
+    """Most of the head is ruled out unread, at every position alike: the ids and bits stay those of all logits."""
+    vocab = 4096 + 5
+    m = build(speck(vocab_size=vocab), weights="int8")
+    tokens = random_tokens(60, 14, vocab)
+    logits = all_logits(m, tokens)
+    cache = m.new_cache()
+    for i, token in enumerate(tokens):
+        k = (1, 3, 40)[i % 3]
+        ids, values = m.forward([token], cache, top_k=k)
+        np.testing.assert_array_equal(ids, np.argsort(-logits[i], kind="stable")[:k])
+        assert values.tobytes() == logits[i][ids].tobytes()
+
+
 @pytest.mark.parametrize("weights", ["auto", "int8"])
 def test_top_k_ties_go_to_the_lower_id(checkpoint: Callable[[str], Checkpoint], weights: str) -> None:
     c = checkpoint("gemma-mqa")

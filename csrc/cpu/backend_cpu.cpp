@@ -7,6 +7,7 @@
 
 #include "../backend.h"
 #include "../quant.h"
+#include "head.h"
 #include "kernels.h"
 #include "kv.h"
 #include "matmul.h"
@@ -226,11 +227,23 @@ class CpuBackend final : public Backend {
   void top_k(const Config& c, const Buffer& norm, const Matrix& head, const Buffer& x, const std::vector<int64_t>& pick,
              int64_t k, int32_t* ids, float* values) override {
     const int64_t m = static_cast<int64_t>(pick.size());
-    grow(y_, m * c.vocab_size);
-    logits(c, norm, head, x, pick, y_.data());
+    normed(c, norm, {&head}, m, x, pick.data());
+    const std::vector<int64_t> panels = scan_.reachable(kernels_, pool_, acts_, cpu(head), k, c.final_softcap);
+    const int64_t n = static_cast<int64_t>(panels.size()) * kPanel;
+    grow(y_, m * n);
+    matmul_panels(kernels_, pool_, acts_, cpu(head), panels, y_.data());
     pool_.parallel_for(m, 1, [&](int64_t begin, int64_t end, int) {
-      for (int64_t i = begin; i < end; ++i)
-        best(y_.data() + i * c.vocab_size, c.vocab_size, k, ids + i * k, values + i * k);
+      for (int64_t i = begin; i < end; ++i) {
+        float* row = y_.data() + i * n;
+        // The last panel may be padded.
+        const int64_t real = n - (panels.back() == (c.vocab_size - 1) / kPanel ? -c.vocab_size & (kPanel - 1) : 0);
+        if (c.final_softcap > 0) kernels_.softcap(row, real, c.final_softcap);
+        best(row, real, k, ids + i * k, values + i * k);
+        for (int64_t j = 0; j < k; ++j) {
+          int32_t& id = ids[i * k + j];
+          id = static_cast<int32_t>(panels[id / kPanel] * kPanel + id % kPanel);
+        }
+      }
     });
   }
 
@@ -364,45 +377,10 @@ class CpuBackend final : public Backend {
     }
   }
 
-  static void best(const float* x, int64_t n, int64_t k, int32_t* ids, float* values) {
-    using Entry = std::pair<float, int32_t>;
-    auto better = [](const Entry& a, const Entry& b) {
-      return a.first > b.first || (a.first == b.first && a.second < b.second);
-    };
-    std::vector<Entry> heap;  // the worst of the k best on top
-    heap.reserve(k);
-    constexpr int64_t kBunch = 64;
-    for (int64_t i = 0; i < n; i += kBunch) {
-      const int64_t end = std::min(n, i + kBunch);
-      if (static_cast<int64_t>(heap.size()) == k) {
-        bool any = false;
-        const float bar = heap.front().first;
-        for (int64_t j = i; j < end; ++j) any |= x[j] > bar;  // an equal later id never enters
-        if (!any) continue;
-      }
-      for (int64_t j = i; j < end; ++j) {
-        // NaN orders below everything, so that the result always has k entries.
-        const Entry entry{std::isnan(x[j]) ? -std::numeric_limits<float>::infinity() : x[j], static_cast<int32_t>(j)};
-        if (static_cast<int64_t>(heap.size()) < k) {
-          heap.push_back(entry);
-          std::push_heap(heap.begin(), heap.end(), better);
-        } else if (better(entry, heap.front())) {
-          std::pop_heap(heap.begin(), heap.end(), better);
-          heap.back() = entry;
-          std::push_heap(heap.begin(), heap.end(), better);
-        }
-      }
-    }
-    std::sort_heap(heap.begin(), heap.end(), better);
-    for (int64_t i = 0; i < k; ++i) {
-      ids[i] = heap[i].second;
-      values[i] = x[heap[i].second];
-    }
-  }
-
   const Kernels& kernels_;
   ThreadPool pool_;
   Activations acts_, hidden_;
+  HeadScan scan_;
   std::vector<int64_t> positions_;  // of the pass's rows
   std::vector<RopeTable> ropes_;
   std::vector<float> k_, v_, y_, partial_;

@@ -19,8 +19,10 @@ constexpr int kGroups = kPanel / W;  // vectors that cover a panel's 32 rows
 
 #if defined(__GNUC__)
 #define GEMMA_PREFETCH(p) __builtin_prefetch(p)
+#define GEMMA_INLINE __attribute__((always_inline)) inline
 #else
 #define GEMMA_PREFETCH(p) (void)(p)
+#define GEMMA_INLINE inline
 #endif
 
 // ---- elementary functions ----------------------------------------------------------------------------------------------
@@ -225,16 +227,20 @@ void pack(const float* x, int64_t at, int64_t count, int64_t k, void* out, int64
 // ---- quantised weights: one decoder an encoding ------------------------------------------------------------------------
 
 template <int G>
-inline void load_8bit(const uint8_t* plane, B* w) {
-  for (int i = 0; i < 8; ++i) w[i] = V::load_b(plane + i * 128 + G * W * 4);
-}
-
-template <int G>
 inline void load_4bit(const uint8_t* plane, B* w) {
   constexpr int at = G * W % 16 * 4;
   for (int i = 0; i < 8; ++i) {
     B x = V::load_b(plane + i * 64 + at);
     w[i] = G * W >= 16 ? V::high4(x) : V::low4(x);
+  }
+}
+
+template <int G>
+inline void load_8bit(const uint8_t* high, const uint8_t* low, B* w) {
+  constexpr int at = G * W % 16 * 4;
+  for (int i = 0; i < 8; ++i) {
+    const B h = V::load_b(high + i * 64 + at), l = V::load_b(low + i * 64 + at);
+    w[i] = G * W >= 16 ? V::join_high(h, l) : V::join_low(h, l);
   }
 }
 
@@ -273,18 +279,41 @@ struct Block {
 };
 
 template <int BITS, bool MIN>
-struct Simple {  // Q8_0 Q4_0 Q4_1 Q5_0 Q5_1
+struct Simple {  // Q4_0 Q4_1 Q5_0 Q5_1
   static constexpr int kBits = BITS, kOffset = MIN ? 0 : 1 << (BITS - 1), kSubs = 1, kUnitBlocks = 1;
   static constexpr bool kMin = MIN;
   static constexpr int kScales = MIN ? 128 : 64;
-  static constexpr int kUnit = kScales + BITS * 128;
+  static constexpr int kUnit = kScales + BITS * 128, kTail = 0, kLeaves = 0;
   template <int G>
-  static void decode(const uint8_t* unit, int, Block& b) {
+  static void decode(const uint8_t* unit, const uint8_t*, int, Block& b) {
     b.scale[0] = V::load_half(unit + G * W * 2);
     if (MIN) b.min = V::load_half(unit + 64 + G * W * 2);
-    if (BITS == 8) load_8bit<G>(unit + kScales, b.w);
     if (BITS == 5) load_5bit<G>(unit + kScales, unit + kScales + 128, b.w);
     if (BITS == 4) load_4bit<G>(unit + kScales, b.w);
+  }
+};
+
+struct EightBit {  // Q8_0
+  static constexpr int kBits = 8, kOffset = 128, kSubs = 1, kUnitBlocks = 1;
+  static constexpr bool kMin = false;
+  static constexpr int kUnit = 576, kTail = 512, kLeaves = 0;
+  template <int G>
+  static void decode(const uint8_t* unit, const uint8_t* tail, int, Block& b) {
+    b.scale[0] = V::load_half(unit + G * W * 2);
+    load_8bit<G>(unit + 64, tail, b.w);
+  }
+};
+
+struct HighHalf {  // Q8_0 by its high halves: 16 (h - 8) + 7.5
+  static constexpr int kBits = 4, kOffset = 8, kSubs = 1, kUnitBlocks = 1;
+  static constexpr bool kMin = true;
+  static constexpr int kUnit = 576, kTail = 0, kLeaves = 512;
+  template <int G>
+  static void decode(const uint8_t* unit, const uint8_t*, int, Block& b) {
+    const F d = V::load_half(unit + G * W * 2);
+    b.scale[0] = V::mul(d, V::set(16.0f));
+    b.min = V::mul(d, V::set(7.5f));
+    load_4bit<G>(unit + 64, b.w);
   }
 };
 
@@ -293,9 +322,9 @@ struct TwoLevel {  // Q4_K Q5_K
   static constexpr int kBits = BITS, kOffset = 0, kSubs = 1, kUnitBlocks = 8;
   static constexpr bool kMin = true;
   static constexpr int kHeader = 512;
-  static constexpr int kUnit = kHeader + 8 * BITS * 128;
+  static constexpr int kUnit = kHeader + 8 * BITS * 128, kTail = 0, kLeaves = 0;
   template <int G>
-  static void decode(const uint8_t* unit, int j, Block& b) {
+  static void decode(const uint8_t* unit, const uint8_t*, int j, Block& b) {
     const I hi = V::shr_i(V::load_i(unit + 128 + G * W * 4), 4 * j);
     const I lo = V::load_u8(unit + 256 + j * 32 + G * W);
     const I three = V::set_i(3);
@@ -312,9 +341,9 @@ struct TwoLevel {  // Q4_K Q5_K
 struct SixBit {  // Q6_K
   static constexpr int kBits = 6, kOffset = 32, kSubs = 2, kUnitBlocks = 8;
   static constexpr bool kMin = false;
-  static constexpr int kUnit = 64 + 8 * 832;
+  static constexpr int kUnit = 64 + 8 * 832, kTail = 0, kLeaves = 0;
   template <int G>
-  static void decode(const uint8_t* unit, int j, Block& b) {
+  static void decode(const uint8_t* unit, const uint8_t*, int j, Block& b) {
     const uint8_t* block = unit + 64 + j * 832;
     const F d = V::load_half(unit + G * W * 2);
     b.scale[0] = V::mul(d, V::to_float(V::load_i8(block + G * W)));
@@ -344,39 +373,30 @@ inline F block_dot(const Block& b, const int8_t* q, const ActScale& s, F acc) {
 // One activation row: sums stay in registers and the panel is read once, in order.
 template <class Q, bool FINE, int G>
 struct OneRow {
-  static void step(const uint8_t* unit, int j, const int8_t* q, const ActScale& s, F* acc) {
-    OneRow<Q, FINE, G - 1>::step(unit, j, q, s, acc);
+  static GEMMA_INLINE void step(const uint8_t* unit, const uint8_t* tail, int j, const int8_t* q, const ActScale& s,
+                                F* acc) {
+    OneRow<Q, FINE, G - 1>::step(unit, tail, j, q, s, acc);
     Block b;
-    Q::template decode<G - 1>(unit, j, b);
+    Q::template decode<G - 1>(unit, tail, j, b);
     acc[G - 1] = block_dot<Q, FINE>(b, q, s, acc[G - 1]);
   }
 };
 template <class Q, bool FINE>
 struct OneRow<Q, FINE, 0> {
-  static void step(const uint8_t*, int, const int8_t*, const ActScale&, F*) {}
+  static GEMMA_INLINE void step(const uint8_t*, const uint8_t*, int, const int8_t*, const ActScale&, F*) {}
 };
-
-template <class Q, bool FINE>
-void panel_one(const uint8_t* panel, int64_t blocks, const QuantActs& a, bool add, float* tile) {
-  F acc[kGroups];
-  for (int g = 0; g < kGroups; ++g) acc[g] = add ? V::load(tile + g * W) : V::zero();
-  const int8_t* q = a.q;
-  const ActScale* s = a.scale;
-  for (int64_t u = 0; u < blocks / Q::kUnitBlocks; ++u, panel += Q::kUnit)
-    for (int j = 0; j < Q::kUnitBlocks; ++j, q += kBlock, ++s) OneRow<Q, FINE, kGroups>::step(panel, j, q, *s, acc);
-  for (int g = 0; g < kGroups; ++g) V::store(tile + g * W, acc[g]);
-}
 
 // Several rows: a block of weights stays in registers while all activation rows stream past it; sums lie in the L1 tile.
 constexpr int kHeld = W == 16 ? 2 : 1;  // groups held at once: 16 of 32 registers, or 8 of 16
 
 template <class Q, bool FINE, int G>
 struct ManyRows {
-  static void step(const uint8_t* unit, int j, const int8_t* q, const ActScale* s, int rows, float* tile) {
-    ManyRows<Q, FINE, G - kHeld>::step(unit, j, q, s, rows, tile);
+  static void step(const uint8_t* unit, const uint8_t* tail, int j, const int8_t* q, const ActScale* s, int rows,
+                   float* tile) {
+    ManyRows<Q, FINE, G - kHeld>::step(unit, tail, j, q, s, rows, tile);
     Block b0, b1;
-    Q::template decode<G - kHeld>(unit, j, b0);
-    if (kHeld == 2) Q::template decode<G - 1>(unit, j, b1);
+    Q::template decode<G - kHeld>(unit, tail, j, b0);
+    if (kHeld == 2) Q::template decode<G - 1>(unit, tail, j, b1);
     for (int i = 0; i < rows; ++i) {
       float* t = tile + i * kPanel + (G - kHeld) * W;
       F x = V::load(t);
@@ -390,53 +410,89 @@ struct ManyRows {
 };
 template <class Q, bool FINE>
 struct ManyRows<Q, FINE, 0> {
-  static void step(const uint8_t*, int, const int8_t*, const ActScale*, int, float*) {}
+  static void step(const uint8_t*, const uint8_t*, int, const int8_t*, const ActScale*, int, float*) {}
+};
+
+// Where blocks [first, first + count) of a panel lie. For the few rows of a decode step, that is all the kernel waits for.
+struct Run {
+  const uint8_t* panel;
+  int64_t blocks, first, count;
+  bool add;
 };
 
 template <class Q, bool FINE>
-void panel_many(const uint8_t* panel, int64_t blocks, const QuantActs& a, bool add, float* tile) {
-  for (int i = 0; !add && i < a.rows * kPanel; i += W) V::store(tile + i, V::zero());
+void panel_rows(const Run& run, const QuantActs& a, float* tile) {
+  constexpr int kBlockBytes = Q::kUnit / Q::kUnitBlocks;
+  const uint8_t* unit = run.panel + run.first * kBlockBytes;
+  const uint8_t* tail = run.panel + run.blocks * kBlockBytes + run.first * Q::kTail;
   const int8_t* q = a.q;
   const ActScale* s = a.scale;
-  constexpr int kBlockBytes = Q::kUnit / Q::kUnitBlocks;
-  for (int64_t u = 0; u < blocks / Q::kUnitBlocks; ++u, panel += Q::kUnit)
+  if (a.rows == 1) {
+    F acc[kGroups];
+    for (int g = 0; g < kGroups; ++g) acc[g] = run.add ? V::load(tile + g * W) : V::zero();
+    for (int64_t u = 0; u < run.count / Q::kUnitBlocks; ++u, unit += Q::kUnit, tail += Q::kTail)
+      for (int j = 0; j < Q::kUnitBlocks; ++j, q += kBlock, ++s) {
+        // Hardware prefetch ends with a page and knows nothing of where the low halves are left out.
+        constexpr int kAhead = 16 * kBlockBytes;
+        const uint8_t* ahead = unit + (Q::kLeaves ? run.blocks * (Q::kUnit + Q::kLeaves) : j * kBlockBytes + kAhead);
+        for (int p = 0; p < kBlockBytes; p += 64) GEMMA_PREFETCH(ahead + p);
+        for (int p = 0; p < Q::kTail; p += 64) GEMMA_PREFETCH(tail + 16 * Q::kTail + p);
+        OneRow<Q, FINE, kGroups>::step(unit, tail, j, q, *s, acc);
+      }
+    for (int g = 0; g < kGroups; ++g) V::store(tile + g * W, acc[g]);
+    return;
+  }
+  for (int i = 0; !run.add && i < a.rows * kPanel; i += W) V::store(tile + i, V::zero());
+  for (int64_t u = 0; u < run.count / Q::kUnitBlocks; ++u, unit += Q::kUnit, tail += Q::kTail)
     for (int j = 0; j < Q::kUnitBlocks; ++j, q += kBlock * a.rows, s += a.rows) {
       // With few rows the kernel would wait for memory: 16 blocks ahead keeps the reads in flight.
-      const uint8_t* ahead = panel + (j + 16) * kBlockBytes;
-      for (int p = 0; p < kBlockBytes; p += 64) GEMMA_PREFETCH(ahead + p);
-      ManyRows<Q, FINE, kGroups>::step(panel, j, q, s, a.rows, tile);
+      for (int p = 0; p < kBlockBytes; p += 64) GEMMA_PREFETCH(unit + (j + 16) * kBlockBytes + p);
+      for (int p = 0; p < Q::kTail; p += 64) GEMMA_PREFETCH(tail + 16 * Q::kTail + p);
+      ManyRows<Q, FINE, kGroups>::step(unit, tail, j, q, s, a.rows, tile);
     }
 }
 
 template <class Q>
-inline void panel_of(const uint8_t* panel, int64_t blocks, const QuantActs& a, bool add, float* tile) {
-  if (a.rows == 1)
-    a.fine ? panel_one<Q, true>(panel, blocks, a, add, tile) : panel_one<Q, false>(panel, blocks, a, add, tile);
-  else
-    a.fine ? panel_many<Q, true>(panel, blocks, a, add, tile) : panel_many<Q, false>(panel, blocks, a, add, tile);
+inline void panel_of(const Run& run, const QuantActs& a, float* tile) {
+  a.fine ? panel_rows<Q, true>(run, a, tile) : panel_rows<Q, false>(run, a, tile);
 }
 
-void panel(DType type, const uint8_t* data, int64_t blocks, const QuantActs& a, bool add, float* tile) {
+void panel(DType type, const uint8_t* data, int64_t blocks, int64_t first, int64_t count, const QuantActs& a, bool add,
+           float* tile) {
+  const Run run{data, blocks, first, count, add};
   switch (type) {
     case DType::Q8_0:
-      return panel_of<Simple<8, false>>(data, blocks, a, add, tile);
+      return panel_of<EightBit>(run, a, tile);
     case DType::Q4_0:
-      return panel_of<Simple<4, false>>(data, blocks, a, add, tile);
+      return panel_of<Simple<4, false>>(run, a, tile);
     case DType::Q4_1:
-      return panel_of<Simple<4, true>>(data, blocks, a, add, tile);
+      return panel_of<Simple<4, true>>(run, a, tile);
     case DType::Q5_0:
-      return panel_of<Simple<5, false>>(data, blocks, a, add, tile);
+      return panel_of<Simple<5, false>>(run, a, tile);
     case DType::Q5_1:
-      return panel_of<Simple<5, true>>(data, blocks, a, add, tile);
+      return panel_of<Simple<5, true>>(run, a, tile);
     case DType::Q4_K:
-      return panel_of<TwoLevel<4>>(data, blocks, a, add, tile);
+      return panel_of<TwoLevel<4>>(run, a, tile);
     case DType::Q5_K:
-      return panel_of<TwoLevel<5>>(data, blocks, a, add, tile);
+      return panel_of<TwoLevel<5>>(run, a, tile);
     case DType::Q6_K:
-      return panel_of<SixBit>(data, blocks, a, add, tile);
+      return panel_of<SixBit>(run, a, tile);
     default:
       return;
   }
+}
+
+void scan(const uint8_t* data, int64_t blocks, const QuantActs& a, const float* energy, float* tile, float* variance) {
+  panel_of<HighHalf>({data, blocks, 0, blocks, false}, a, tile);
+  for (int i = 0; i < a.rows; ++i)
+    for (int g = 0; g < kGroups; ++g) {
+      F sum = V::zero();
+      for (int64_t b = 0; b < blocks; ++b) {
+        const F d = V::load_half(data + b * HighHalf::kUnit + g * W * 2);
+        sum = V::fma(V::mul(d, d), V::set(energy[b * a.rows + i]), sum);
+      }
+      V::store(variance + i * kPanel + g * W, sum);
+    }
 }
 
 // ---- bf16 weights in file order: lane j sums k = j modulo the step, one fixed tree closes the row ------------------------
@@ -729,6 +785,7 @@ constexpr Kernels make_table(const char* name) {
   k.pack = pack;
   k.pack_bytes = pack_bytes;
   k.panel = panel;
+  k.scan = scan;
   k.bf16 = bf16;
   k.geglu = geglu;
   k.add = add;

@@ -43,9 +43,14 @@ struct Kernels {
   void (*pack)(const float* x, int64_t at, int64_t count, int64_t k, void* out, int64_t row, int64_t rows);
   int64_t (*pack_bytes)(int64_t k);
 
-  // tile[row][32] = one panel of weights times a chunk of activations over `blocks` blocks of K (a multiple of 8 for K-quants);
-  // `add` goes on from what the tile holds.
-  void (*panel)(DType type, const uint8_t* panel, int64_t blocks, const QuantActs& acts, bool add, float* tile);
+  // tile[row][32] = one panel of weights times a chunk of activations over `count` of the panel's `blocks` blocks along K, from
+  // `first` on, where `acts` begins (all three multiples of 8 for K-quants). `add` goes on from what the tile holds.
+  void (*panel)(DType type, const uint8_t* panel, int64_t blocks, int64_t first, int64_t count, const QuantActs& acts,
+                bool add, float* tile);
+  // The same from the high halves of a Q8_0 panel's values, taken for the middle of what they may stand for, and
+  // variance[row][32] = the sum of d^2 energy[block][row] over the blocks, d being the weight row's scale.
+  void (*scan)(const uint8_t* panel, int64_t blocks, const QuantActs& acts, const float* energy, float* tile,
+               float* variance);
   // out[i * ldo + r] = W[r] . x[first + i] for `rows` weight rows in file order (at most kBf16Rows) and m (at most kActChunk) of
   // the n packed activation rows.
   void (*bf16)(const uint16_t* w, int64_t ldw, int rows, int64_t k, const void* x, int64_t first, int m, int64_t n,

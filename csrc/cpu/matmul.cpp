@@ -168,8 +168,8 @@ void group_product(const Kernels& kernels, const Activations& x, const Panel* pa
       const Encoding& e = encoding(w.type);
       if (!e.quantized) continue;
       const int64_t unit = e.block / kBlock, blocks = (w.cols + e.block - 1) / e.block * unit;
-      kernels.panel(w.type, panels[p].data() + from / unit * e.unit_bytes, std::min(step, blocks - from),
-                    x.chunk(m0, from), from > 0, tiles + p * kTile);
+      kernels.panel(w.type, panels[p].data(), blocks, from, std::min(step, blocks - from), x.chunk(m0, from), from > 0,
+                    tiles + p * kTile);
     }
 }
 
@@ -192,7 +192,7 @@ void place_bf16(Panel* panels, int count, bool copy) {
   }
 }
 
-// Every panel of a list, `each` of them side by side, times every row: done(i, m0, m, tiles) for the i-th of them.
+// Every panel of a list, `each` of them side by side, times every row: done(i, panels, m0, m, tiles) for the i-th of them.
 template <class At, class Done>
 void each_product(const Kernels& kernels, ThreadPool& pool, const Activations& x, int64_t total, int each, size_t bytes,
                   At at, Done done) {
@@ -213,7 +213,7 @@ void each_product(const Kernels& kernels, ThreadPool& pool, const Activations& x
         for (int64_t m0 = from; m0 < std::min(x.n, from + sweep); m0 += kActChunk) {
           const int m = static_cast<int>(std::min<int64_t>(kActChunk, x.n - m0));
           group_product(kernels, x, panels, count * each, m0, m, tiles);
-          for (int j = 0; j < count; ++j) done(panels + j * each, m0, m, tiles + j * each * kTile);
+          for (int j = 0; j < count; ++j) done(i + j, panels + j * each, m0, m, tiles + j * each * kTile);
         }
       }
     });
@@ -235,7 +235,7 @@ void matmul(const Kernels& kernels, ThreadPool& pool, const Activations& x, cons
         while (i >= panels_of(*products[which].w)) i -= panels_of(*products[which++].w);
         *panel = {products[which].w, i};
       },
-      [&](const Panel* panel, int64_t m0, int m, const float* tile) {
+      [&](int64_t, const Panel* panel, int64_t m0, int m, const float* tile) {
         const Product* p = products.data();
         while (p->w != panel->w) ++p;
         const int64_t first = panel->index * kPanel, rows = std::min<int64_t>(kPanel, p->w->rows - first);
@@ -249,6 +249,18 @@ void matmul(const Kernels& kernels, ThreadPool& pool, const Activations& x, cons
       });
 }
 
+void matmul_panels(const Kernels& kernels, ThreadPool& pool, const Activations& x, const CpuMatrix& w,
+                   const std::vector<int64_t>& panels, float* y) {
+  const int64_t count = static_cast<int64_t>(panels.size());
+  each_product(
+      kernels, pool, x, count, 1, count * (w.bytes / static_cast<size_t>(panels_of(w))),
+      [&](int64_t i, Panel* panel) { *panel = {&w, panels[i]}; },
+      [&](int64_t i, const Panel* panel, int64_t m0, int m, const float* tile) {
+        for (int j = 0; j < m; ++j)
+          std::memcpy(y + ((m0 + j) * count + i) * kPanel, tile + j * kPanel, panel->rows() * sizeof(float));
+      });
+}
+
 void matmul_geglu(const Kernels& kernels, ThreadPool& pool, const Activations& x, const CpuMatrix& gate,
                   const CpuMatrix& up, const CpuMatrix& down, Activations& h) {
   static_assert(kPanel == kBlock, "a panel of the results is a block of the next product's activations");
@@ -259,7 +271,7 @@ void matmul_geglu(const Kernels& kernels, ThreadPool& pool, const Activations& x
         panels[0] = {&gate, i};
         panels[1] = {&up, i};
       },
-      [&](const Panel* panels, int64_t m0, int m, float* tiles) {
+      [&](int64_t, const Panel* panels, int64_t m0, int m, float* tiles) {
         const int64_t first = panels->index * kPanel, rows = std::min<int64_t>(kPanel, gate.rows - first);
         kernels.geglu(tiles, tiles + kTile, m * kPanel, tiles);
         h.put(kernels, first, rows, m0, m, tiles, kPanel);

@@ -65,6 +65,9 @@ struct Product {
   bool add = false;
 };
 void matmul(const Kernels& kernels, ThreadPool& pool, const Activations& x, const std::vector<Product>& products);
+// y[n, 32 panels.size()] = the rows of some panels of a matrix, side by side; a last panel's rows past the matrix's end are not written
+void matmul_panels(const Kernels& kernels, ThreadPool& pool, const Activations& x, const CpuMatrix& w,
+                   const std::vector<int64_t>& panels, float* y);
 // h[n, rows] = gelu(gate x) * (up x), ready for the product with `down`.
 void matmul_geglu(const Kernels& kernels, ThreadPool& pool, const Activations& x, const CpuMatrix& gate,
                   const CpuMatrix& up, const CpuMatrix& down, Activations& h);

@@ -102,6 +102,15 @@ struct V {
   static B load_b(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static B low4(B x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
   static B high4(B x) { return _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)); }
+  // Bytes from their halves: high and low nibbles, of the low (high) nibbles of either.
+  static B join_low(B high, B low) {
+    const B mask = _mm256_set1_epi8(15);
+    return _mm256_or_si256(_mm256_and_si256(low, mask), _mm256_andnot_si256(mask, _mm256_slli_epi16(high, 4)));
+  }
+  static B join_high(B high, B low) {
+    const B mask = _mm256_set1_epi8(15);
+    return _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(low, 4), mask), _mm256_andnot_si256(mask, high));
+  }
   template <int BIT>  // x | (bit BIT of plane) << 4
   static B or_bit(B x, B plane) {
     B p = BIT < 4 ? _mm256_slli_epi16(plane, BIT < 4 ? 4 - BIT : 0) : _mm256_srli_epi16(plane, BIT < 4 ? 0 : BIT - 4);

@@ -100,6 +100,13 @@ struct V {
   static B load_b(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static B low4(B x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
   static B high4(B x) { return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)); }
+  // Bytes from their halves: high and low nibbles, of the low (high) nibbles of either.
+  static B join_low(B high, B low) {
+    return _mm512_ternarylogic_epi32(_mm512_set1_epi8(15), low, _mm512_slli_epi16(high, 4), 0xca);
+  }
+  static B join_high(B high, B low) {
+    return _mm512_ternarylogic_epi32(_mm512_set1_epi8(15), _mm512_srli_epi16(low, 4), high, 0xca);
+  }
   template <int BIT>  // x | (bit BIT of plane) << 4
   static B or_bit(B x, B plane) {
     B p = BIT < 4 ? _mm512_slli_epi16(plane, BIT < 4 ? 4 - BIT : 0) : _mm512_srli_epi16(plane, BIT < 4 ? 0 : BIT - 4);

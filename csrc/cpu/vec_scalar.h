@@ -204,6 +204,15 @@ struct V {
     GEMMA_EACH_BYTE x.v[i] >>= 4;
     return x;
   }
+  // Bytes from their halves: high and low nibbles, of the low (high) nibbles of either.
+  static B join_low(B high, B low) {
+    for (int i = 0; i < 4 * W; ++i) high.v[i] = static_cast<uint8_t>(high.v[i] << 4 | (low.v[i] & 15));
+    return high;
+  }
+  static B join_high(B high, B low) {
+    for (int i = 0; i < 4 * W; ++i) high.v[i] = static_cast<uint8_t>((high.v[i] & 0xf0) | low.v[i] >> 4);
+    return high;
+  }
   template <int BIT>  // x | (bit BIT of plane) << 4
   static B or_bit(B x, B plane) {
     GEMMA_EACH_BYTE x.v[i] |= static_cast<uint8_t>((plane.v[i] >> BIT & 1) << 4);

@@ -1,0 +1,127 @@
+#include "head.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <utility>
+
+#include "../quant.h"
+
+namespace gemma {
+
+namespace {
+
+constexpr float kSigmas = 8;
+constexpr float kVariance = (16 * 16 - 1) / 12.0f;  // of the low halves: 16 equally likely values
+constexpr int64_t kMostBest = 40;                   // beyond, survivors stand in most panels
+constexpr int64_t kMostRows = 8;
+constexpr float kUnsaturated = 4;  // softcaps up to which different products stay different logits
+
+// energy[block][row]: what a weight row's d^2 is multiplied with for the variance of its residual over that block
+std::vector<float> energies(const QuantActs& a, int64_t blocks) {
+  std::vector<float> energy(blocks * a.rows);
+  for (int64_t i = 0; i < blocks * a.rows; ++i) {
+    int32_t square[2] = {0, 0};
+    for (int j = 0; j < kBlock; ++j) square[j / 16] += a.q[i * kBlock + j] * a.q[i * kBlock + j];
+    const float* d = a.scale[i].d;
+    energy[i] = kVariance * (d[0] * d[0] * static_cast<float>(square[0]) + d[1] * d[1] * static_cast<float>(square[1]));
+  }
+  return energy;
+}
+
+}  // namespace
+
+std::vector<int64_t> HeadScan::reachable(const Kernels& kernels, ThreadPool& pool, const Activations& x,
+                                         const CpuMatrix& head, int64_t k, float softcap) {
+  const int64_t total = (head.rows + kPanel - 1) / kPanel;
+  std::vector<int64_t> all(total);
+  std::iota(all.begin(), all.end(), 0);
+  if (head.type != DType::Q8_0 || k > kMostBest || x.n > kMostRows || total < 8 * k) return all;
+  if (pause_ > 0) {
+    --pause_;
+    return all;
+  }
+
+  const int m = static_cast<int>(x.n);
+  const QuantActs acts = x.chunk(0);
+  const std::vector<float> energy = energies(acts, x.blocks());
+  std::vector<float> low(m * total), high(m * total);  // the largest bounds of a panel's rows
+  const int64_t grain = std::max<int64_t>(1, (128 << 10) / static_cast<int64_t>(panel_bytes(head.type, head.cols)));
+  pool.parallel_for(total, grain, [&](int64_t begin, int64_t end, int) {
+    alignas(64) float tile[kMostRows * kPanel], variance[kMostRows * kPanel];
+    for (int64_t p = begin; p < end; ++p) {
+      kernels.scan(head.at_row(p * kPanel), x.blocks(), acts, energy.data(), tile, variance);
+      const int rows = static_cast<int>(std::min<int64_t>(kPanel, head.rows - p * kPanel));
+      for (int i = 0; i < m; ++i) {
+        float lo = -std::numeric_limits<float>::infinity(), hi = lo;
+        for (int r = 0; r < rows; ++r) {
+          const float sigma = kSigmas * std::sqrt(variance[i * kPanel + r]);
+          lo = std::max(lo, tile[i * kPanel + r] - sigma);
+          hi = std::max(hi, tile[i * kPanel + r] + sigma);
+        }
+        low[i * total + p] = lo;
+        high[i * total + p] = hi;
+      }
+    }
+  });
+
+  // k panels hold a row each that is no worse than this.
+  std::vector<float> bar(m), sorted(total);
+  for (int i = 0; i < m; ++i) {
+    std::copy_n(low.begin() + i * total, total, sorted.begin());
+    std::nth_element(sorted.begin(), sorted.begin() + (k - 1), sorted.end(), std::greater<float>());
+    bar[i] = sorted[k - 1];
+    if (!std::isfinite(bar[i]) || (softcap > 0 && bar[i] > kUnsaturated * softcap)) return all;
+  }
+  std::vector<int64_t> reachable;
+  for (int64_t p = 0; p < total; ++p)
+    for (int i = 0; i < m; ++i)
+      if (high[i * total + p] >= bar[i]) {
+        reachable.push_back(p);
+        break;
+      }
+  const bool paid = 3 * static_cast<int64_t>(reachable.size()) < total;
+  if (!paid) pause_ = next_pause_;
+  next_pause_ = paid ? 1 : std::min(64, 2 * next_pause_);
+  return reachable;
+}
+
+void best(const float* x, int64_t n, int64_t k, int32_t* ids, float* values) {
+  using Entry = std::pair<float, int32_t>;
+  auto better = [](const Entry& a, const Entry& b) {
+    return a.first > b.first || (a.first == b.first && a.second < b.second);
+  };
+  std::vector<Entry> heap;  // the worst of the k best on top
+  heap.reserve(k);
+  constexpr int64_t kBunch = 64;
+  for (int64_t i = 0; i < n; i += kBunch) {
+    const int64_t end = std::min(n, i + kBunch);
+    if (static_cast<int64_t>(heap.size()) == k) {
+      bool any = false;
+      const float bar = heap.front().first;
+      for (int64_t j = i; j < end; ++j) any |= x[j] > bar;  // an equal later id never enters
+      if (!any) continue;
+    }
+    for (int64_t j = i; j < end; ++j) {
+      // NaN orders below everything, so that the result always has k entries.
+      const Entry entry{std::isnan(x[j]) ? -std::numeric_limits<float>::infinity() : x[j], static_cast<int32_t>(j)};
+      if (static_cast<int64_t>(heap.size()) < k) {
+        heap.push_back(entry);
+        std::push_heap(heap.begin(), heap.end(), better);
+      } else if (better(entry, heap.front())) {
+        std::pop_heap(heap.begin(), heap.end(), better);
+        heap.back() = entry;
+        std::push_heap(heap.begin(), heap.end(), better);
+      }
+    }
+  }
+  std::sort_heap(heap.begin(), heap.end(), better);
+  for (int64_t i = 0; i < k; ++i) {
+    ids[i] = heap[i].second;
+    values[i] = x[heap[i].second];
+  }
+}
+
+}  // namespace gemma

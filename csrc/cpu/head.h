@@ -1,0 +1,30 @@
+// The best of a vocabulary: which logits are largest, without computing all of them where a bound can rule most out.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels.h"
+#include "matmul.h"
+#include "threads.h"
+
+namespace gemma {
+
+// Rules out what it can of a vocabulary. A Q8_0 panel's high halves give every product to within a residual whose standard
+// deviation sigma follows from the scales and the activations; a row more than 8 sigma below the k-th best cannot be among the k
+// best. That bound is observed, not proved: docs/MODEL.md has the figures.
+class HeadScan {
+ public:
+  // Panels of `head` in which one of the k largest products with some row of x may lie, in order; all of them where the high halves
+  // would not tell, or have not told for some calls.
+  std::vector<int64_t> reachable(const Kernels& kernels, ThreadPool& pool, const Activations& x, const CpuMatrix& head,
+                                 int64_t k, float softcap);
+
+ private:
+  int pause_ = 0, next_pause_ = 1;  // calls to leave out: a text whose next token is open stays so for a while
+};
+
+// The k largest of x[n], largest first, ties to the lower index; NaN counts as -infinity.
+void best(const float* x, int64_t n, int64_t k, int32_t* ids, float* values);
+
+}  // namespace gemma
