@@ -364,7 +364,8 @@ class CpuBackend final : public Backend {
       hi[r] = static_cast<int>(std::clamp<int64_t>(position + 1 - b * kKeyBlock, 0, kKeyBlock));
       part.seen[r] = lo[r] < hi[r];
     }
-    kernels_.attend(kv.f32(), q, t.rows, e, kv.keys(w.index, t.group, b), kv.values(w.index, t.group, b), lo, hi,
+    const void* next = b + 1 < t.end_block ? kv.keys(w.index, t.group, b + 1) : nullptr;
+    kernels_.attend(kv.f32(), q, t.rows, e, kv.keys(w.index, t.group, b), kv.values(w.index, t.group, b), next, lo, hi,
                     c.attn_softcap, part.max, part.sum, out);
     return part;
   }

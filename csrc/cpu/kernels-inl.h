@@ -576,8 +576,8 @@ void bf16(const uint16_t* w, int64_t ldw, int rows, int64_t k, const void* acts,
 }
 
 // ---- attention: one block of keys for up to kQueryRows query rows --------------------------------------------------------
-// Keys lie as [4][e / 2][16 keys][2] (bf16) or [4][e][16 keys] (f32); values as [64 keys][e], the bf16 ones with dimensions i and
-// i + 16 of every 32 side by side, so that one load gives two whole vectors (CpuKv in kv.h writes them).
+// Keys lie as [4][e / 2][16 keys][2] (bf16) or [4][e][16 keys] (f32); values as [e / 32][64 keys][32], the bf16 ones with dimensions
+// i and i + 16 side by side, so that one load gives two whole vectors (CpuKv in kv.h writes them).
 
 template <bool F32>
 inline void load_keys(const void* k, int64_t e, int64_t pair, int first, F& a, F& b) {
@@ -603,8 +603,12 @@ inline void load_values(const void* v, int64_t at, int i, F& a, F& b) {
 }
 
 template <bool F32, int R>
-void attend_rows(const float* q, int64_t e, const void* k, const void* v, const int* lo, const int* hi, float c,
-                 float* max, float* sum, float* out) {
+void attend_rows(const float* q, int64_t e, const void* k, const void* v, const void* next, const int* lo,
+                 const int* hi, float c, float* max, float* sum, float* out) {
+  // A step over a long context waits for memory: while scores are computed the values are fetched, and then the next keys.
+  constexpr int kBytes = F32 ? 4 : 2;
+  const auto* fetch = static_cast<const uint8_t*>(v);
+  const auto* fetch_keys = static_cast<const uint8_t*>(next);
   alignas(64) float p[R][kKeys];
   int first = kKeys, last = 0;  // keys that some row sees
   for (int r = 0; r < R; ++r)
@@ -627,13 +631,15 @@ void attend_rows(const float* q, int64_t e, const void* k, const void* v, const 
     F s[R][kWide / W];
     for (int r = 0; r < R; ++r)
       for (int i = 0; i < kWide / W; ++i) s[r][i] = V::zero();
-    for (int64_t d = 0; d < e / 2; ++d)
+    for (int64_t d = 0; d < e / 2; ++d) {
+      for (int line = 0; line < 2 * kWide * kBytes; line += 64, fetch += 64) GEMMA_PREFETCH(fetch);
       for (int i = 0; i < kWide / W; ++i) {
         F a, b;
         load_keys<F32>(k, e, d, key + i * W, a, b);
         for (int r = 0; r < R; ++r)
           s[r][i] = V::fma(V::set(q[r * e + 2 * d + 1]), b, V::fma(V::set(q[r * e + 2 * d]), a, s[r][i]));
       }
+    }
     for (int r = 0; r < R; ++r)
       for (int i = 0; i < kWide / W; ++i) {
         F x = c > 0 ? cap(s[r][i], c) : s[r][i];
@@ -666,7 +672,10 @@ void attend_rows(const float* q, int64_t e, const void* k, const void* v, const 
       auto join = [&](int begin, int end, bool shared) {
         for (int key = begin; key < end; ++key) {
           F a, b;
-          load_values<F32>(v, key * e + d, i, a, b);
+          load_values<F32>(v, d * kKeys + key * 32, i, a, b);
+          if (fetch_keys && i == 0) {
+            for (int line = 0; line < 32 * kBytes; line += 64, fetch_keys += 64) GEMMA_PREFETCH(fetch_keys);
+          }
           for (int r = 0; r < R; ++r) {
             if (!shared && (key < lo[r] || key >= hi[r])) continue;
             const F w = V::set(p[r][key]);
@@ -689,34 +698,34 @@ void attend_rows(const float* q, int64_t e, const void* k, const void* v, const 
 constexpr int kRowTile = W == 16 ? 8 : 4;  // query rows whose sums fit the registers
 
 template <bool F32>
-void attend_any(const float* q, int rows, int64_t e, const void* k, const void* v, const int* lo, const int* hi,
-                float c, float* max, float* sum, float* out) {
+void attend_any(const float* q, int rows, int64_t e, const void* k, const void* v, const void* next, const int* lo,
+                const int* hi, float c, float* max, float* sum, float* out) {
   for (int r = 0; r < rows;) {
     const int n = rows - r;
     const float* qr = q + r * e;
     float* o = out + r * e;
     if (n >= 8 && kRowTile >= 8) {
-      attend_rows<F32, kRowTile>(qr, e, k, v, lo + r, hi + r, c, max + r, sum + r, o);
+      attend_rows<F32, kRowTile>(qr, e, k, v, next, lo + r, hi + r, c, max + r, sum + r, o);
       r += kRowTile;
     } else if (n >= 4) {
-      attend_rows<F32, 4>(qr, e, k, v, lo + r, hi + r, c, max + r, sum + r, o);
+      attend_rows<F32, 4>(qr, e, k, v, next, lo + r, hi + r, c, max + r, sum + r, o);
       r += 4;
     } else if (n >= 2) {
-      attend_rows<F32, 2>(qr, e, k, v, lo + r, hi + r, c, max + r, sum + r, o);
+      attend_rows<F32, 2>(qr, e, k, v, next, lo + r, hi + r, c, max + r, sum + r, o);
       r += 2;
     } else {
-      attend_rows<F32, 1>(qr, e, k, v, lo + r, hi + r, c, max + r, sum + r, o);
+      attend_rows<F32, 1>(qr, e, k, v, next, lo + r, hi + r, c, max + r, sum + r, o);
       r += 1;
     }
   }
 }
 
-void attend(bool f32, const float* q, int rows, int64_t e, const void* k, const void* v, const int* lo, const int* hi,
-            float c, float* max, float* sum, float* out) {
+void attend(bool f32, const float* q, int rows, int64_t e, const void* k, const void* v, const void* next,
+            const int* lo, const int* hi, float c, float* max, float* sum, float* out) {
   if (f32)
-    attend_any<true>(q, rows, e, k, v, lo, hi, c, max, sum, out);
+    attend_any<true>(q, rows, e, k, v, next, lo, hi, c, max, sum, out);
   else
-    attend_any<false>(q, rows, e, k, v, lo, hi, c, max, sum, out);
+    attend_any<false>(q, rows, e, k, v, next, lo, hi, c, max, sum, out);
 }
 
 void fold(float* max, float* sum, float* acc, float block_max, float block_sum, const float* block, int64_t e) {

@@ -66,9 +66,10 @@ struct Kernels {
 
   // One block of up to 64 keys against `rows` query rows (row i at q + i * e; e a multiple of 32, padded with zeros).
   // Row i sees keys [lo[i], hi[i]) of the block; where that is empty its outputs are left alone. Layouts: see CpuKv.
-  // max[i], sum[i], out[i * e ...]: softmax numerators of this block from its own maximum.
-  void (*attend)(bool kv_f32, const float* q, int rows, int64_t e, const void* k, const void* v, const int* lo,
-                 const int* hi, float softcap, float* max, float* sum, float* out);
+  // max[i], sum[i], out[i * e ...]: softmax numerators of this block from its own maximum. `next`: keys that the caller will want
+  // after these, or null.
+  void (*attend)(bool kv_f32, const float* q, int rows, int64_t e, const void* k, const void* v, const void* next,
+                 const int* lo, const int* hi, float softcap, float* max, float* sum, float* out);
   // (max, sum, acc) of a row := itself joined with one more block. Start from max = -inf, sum = 0, acc = 0.
   void (*fold)(float* max, float* sum, float* acc, float block_max, float block_sum, const float* block, int64_t e);
   // out[i] = acc[i] / sum

@@ -2,7 +2,7 @@
 //
 // A page holds, for each key/value head, the block's keys and then its values, in the layouts that `attend` (kernels.h) reads:
 //   keys    bf16 [4][e / 2][16 keys][2]    f32 [4][e][16 keys]
-//   values  bf16 [64][e], dimensions i and i + 16 of every 32 side by side    f32 [64][e]
+//   values  bf16 [e / 32][64 keys][32], dimensions i and i + 16 side by side    f32 [e / 32][64 keys][32]
 // where e is the head size rounded up to 32, the rest zeros.
 #pragma once
 
@@ -75,14 +75,14 @@ class CpuKv final : public KvStore {
     const int64_t j = position % kKeyBlock;
     if (f32_) {
       float* kd = reinterpret_cast<float*>(p) + j / 16 * 16 * e_ + j % 16;
-      float* vd = reinterpret_cast<float*>(pv) + j * e_;
+      float* vd = reinterpret_cast<float*>(pv) + j * 32;
       for (int64_t d = 0; d < dim_; ++d) kd[d * 16] = k[d];
-      std::memcpy(vd, v, dim_ * sizeof(float));
+      for (int64_t d = 0; d < dim_; ++d) vd[d / 32 * kKeyBlock * 32 + d % 32] = v[d];
     } else {
       uint16_t* kd = reinterpret_cast<uint16_t*>(p) + j / 16 * 16 * e_ + j % 16 * 2;
-      uint16_t* vd = reinterpret_cast<uint16_t*>(pv) + j * e_;
+      uint16_t* vd = reinterpret_cast<uint16_t*>(pv) + j * 32;
       for (int64_t d = 0; d < dim_; ++d) kd[d / 2 * 32 + d % 2] = float_to_bf16(k[d]);
-      for (int64_t d = 0; d < dim_; ++d) vd[d / 32 * 32 + d % 16 * 2 + d % 32 / 16] = float_to_bf16(v[d]);
+      for (int64_t d = 0; d < dim_; ++d) vd[d / 32 * kKeyBlock * 32 + d % 16 * 2 + d % 32 / 16] = float_to_bf16(v[d]);
     }
   }
 
