@@ -46,6 +46,8 @@ int forks() {
   return g_forks.load(std::memory_order_relaxed);
 }
 
+int cpus();  // that this process may use at a time
+
 constexpr uint64_t kOpen = uint64_t{1} << 32;  // the loop still takes workers
 constexpr uint64_t kLoop = uint64_t{1} << 33;  // one step of the loop number, above it
 constexpr uint64_t kActive = kOpen - 1;        // workers inside the loop
@@ -68,7 +70,10 @@ struct ThreadPool::Shared {
 
   std::vector<std::thread> workers;
   int forks_seen = 0;
-  std::chrono::microseconds spin{30};
+  std::atomic<int> started{0};
+  int useful = 0;  // workers that there are CPUs for: more would only take turns with them
+
+  int awake() const { return started.load() - sleepers.load(); }
 
   void pieces(int thread) {
     for (;;) {
@@ -101,10 +106,9 @@ struct ThreadPool::Shared {
     for (;;) {
       bool joined = join(seen);
       if (!joined) {
-        const auto until = std::chrono::steady_clock::now() + spin;
-        do {
+        const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(30);
+        while (!joined && awake() <= useful && std::chrono::steady_clock::now() < until)
           for (int i = 0; i < 32 && !(joined = join(seen)); ++i) pause();
-        } while (!joined && std::chrono::steady_clock::now() < until);
       }
       if (!joined) {
         std::unique_lock<std::mutex> lock(mutex);
@@ -124,10 +128,9 @@ ThreadPool::ThreadPool(int threads) : size_(std::max(1, threads)) { start(); }
 void ThreadPool::start() {
   shared_ = new Shared;
   shared_->forks_seen = forks();
-  // More threads than cores would spin in each other's way.
-  if (size_ > default_threads()) shared_->spin = std::chrono::microseconds(0);
+  shared_->useful = std::min(size_, cpus()) - 1;
   try {
-    for (int t = 1; t < size_; ++t) shared_->workers.emplace_back(&Shared::worker, shared_, t);
+    for (int t = 1; t < size_; ++t, ++shared_->started) shared_->workers.emplace_back(&Shared::worker, shared_, t);
   } catch (const std::system_error&) {
     // The system gives no more threads: what there is does the work, in the same order of sums.
   }
@@ -156,9 +159,9 @@ void ThreadPool::run(int64_t count, int64_t grain, Call call, void* context) {
   s.next.store(0, std::memory_order_relaxed);
   const uint64_t loop = s.state.load(std::memory_order_relaxed) / kLoop + 1;
   s.state.store(loop * kLoop | kOpen);
-  if (s.sleepers.load() > 0) {
+  if (s.sleepers.load() > 0 && s.awake() < s.useful) {
     std::lock_guard<std::mutex> lock(s.mutex);
-    s.wake.notify_all();
+    for (int n = s.awake(); n < s.useful; ++n) s.wake.notify_one();
   }
   s.pieces(0);
   s.state.fetch_and(~kOpen, std::memory_order_acq_rel);
@@ -222,17 +225,30 @@ int allowed_cores() {
 }  // namespace
 #endif
 
-int default_threads() {
-  static const int n = [] {
-    int cores = static_cast<int>(std::thread::hardware_concurrency());
+namespace {
+
+int within_quota(int n) {
 #if defined(__linux__)
-    cores = allowed_cores();
-    const double q = quota();
-    if (q > 0) cores = std::min(cores, std::max(1, static_cast<int>(q + 0.999)));
+  const double q = quota();
+  if (q > 0) n = std::min(n, static_cast<int>(q + 0.999));
 #endif
-    return std::max(1, cores);
-  }();
+  return std::max(1, n);
+}
+
+int cpus() {
+  static const int n = within_quota(static_cast<int>(std::thread::hardware_concurrency()));
   return n;
+}
+
+}  // namespace
+
+int default_threads() {
+#if defined(__linux__)
+  static const int n = within_quota(allowed_cores());
+  return n;
+#else
+  return cpus();
+#endif
 }
 
 }  // namespace gemma
