@@ -146,7 +146,9 @@ class CpuBackend final : public Backend {
     std::vector<Part> parts(count * most_blocks);
     std::vector<float> queries(count * kQueryRows * e);
     for (int64_t i = 0; i < count; ++i) load_queries(c, tiles[i], q.data, e, queries.data() + i * kQueryRows * e);
-    pool_.parallel_for(count * most_blocks, 2, [&](int64_t begin, int64_t end, int) {
+    // Runs of blocks, since each call fetches the next block's keys.
+    const int64_t run = std::clamp<int64_t>(count * most_blocks / (4 * pool_.size()), 1, 8);
+    pool_.parallel_for(count * most_blocks, run, [&](int64_t begin, int64_t end, int) {
       for (int64_t j = begin; j < end; ++j) {
         const Tile& t = tiles[j / most_blocks];
         const int64_t b = t.first_block + j % most_blocks;
