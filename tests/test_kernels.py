@@ -141,7 +141,9 @@ def test_tiling(name: str) -> None:
 def test_head_scan(rows: int, k: int, fine: bool) -> None:
     """What the scan rules out is not among the best, and where one token stands out it rules out nearly everything."""
     rng = np.random.default_rng(rows)
-    w = rng.standard_normal((rows, k)).astype(np.float32) * np.exp(rng.standard_normal((rows, 1)) / 4).astype(np.float32)
+    w = rng.standard_normal((rows, k)).astype(np.float32) * np.exp(rng.standard_normal((rows, 1)) / 4).astype(
+        np.float32
+    )
     data = T.quantize("Q8_0", w)
     for trial in range(20):
         m = trial % 8 + 1

@@ -17,8 +17,12 @@ void convert_row(const HostTensor& s, int64_t r, DType target, float* values, ui
       const uint16_t b = float_to_bf16(values[i]);
       std::memcpy(out + 2 * i, &b, 2);
     }
-  } else {
+    return;
+  }
+  try {
     encode_row(target, values, s.cols, out);
+  } catch (const InputError& e) {
+    fail("tensor \"", s.name, "\", row ", r, ": ", e.what());
   }
 }
 

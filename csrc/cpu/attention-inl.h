@@ -1,0 +1,180 @@
+// Attention over one block of keys. Part of kernels-inl.h.
+#pragma once
+
+#include "../quant.h"
+#include "kernels.h"
+
+namespace gemma {
+namespace GEMMA_ISA {
+
+// ---- attention: one block of keys for up to kQueryRows query rows --------------------------------------------------------
+// Keys lie as [4][e / 2][16 keys][2] (bf16) or [4][e][16 keys] (f32); values as [e / 32][64 keys][32], the bf16 ones with dimensions
+// i and i + 16 side by side, so that one load gives two whole vectors (CpuKv in kv.h writes them).
+
+template <bool F32>
+inline void load_keys(const void* k, int64_t e, int64_t pair, int first, F& a, F& b) {
+  const int64_t at = first / 16 * 16 * e + first % 16 * (F32 ? 1 : 2) + pair * 32;
+  if (F32) {
+    const float* p = static_cast<const float*>(k) + at;
+    a = V::load(p);
+    b = V::load(p + 16);
+  } else {
+    V::load_pairs(static_cast<const uint16_t*>(k) + at, a, b);
+  }
+}
+
+template <bool F32>
+inline void load_values(const void* v, int64_t at, int i, F& a, F& b) {
+  if (F32) {
+    const float* p = static_cast<const float*>(v) + at + i * W;
+    a = V::load(p);
+    b = V::load(p + 16);
+  } else {
+    V::load_pairs(static_cast<const uint16_t*>(v) + at + 2 * i * W, a, b);
+  }
+}
+
+template <bool F32, int R>
+void attend_rows(const float* q, int64_t e, const void* k, const void* v, const void* next, const int* lo,
+                 const int* hi, float c, float* max, float* sum, float* out) {
+  // A step over a long context waits for memory: while scores are computed the values are fetched, and then the next keys.
+  constexpr int kBytes = F32 ? 4 : 2;
+  const auto* fetch = static_cast<const uint8_t*>(v);
+  const auto* fetch_keys = static_cast<const uint8_t*>(next);
+  alignas(64) float p[R][kKeys];
+  int first = kKeys, last = 0;  // keys that some row sees
+  for (int r = 0; r < R; ++r)
+    if (lo[r] < hi[r]) {
+      first = lo[r] < first ? lo[r] : first;
+      last = hi[r] > last ? hi[r] : last;
+    }
+  if (first >= last) return;
+  // Keys that every row sees; beside them each row takes only its own, since 0 * NaN would let a masked value through.
+  int from = first, to = last;
+  for (int r = 0; r < R; ++r) {
+    from = lo[r] > from ? lo[r] : from;
+    to = hi[r] < to ? hi[r] : to;
+  }
+  if (from >= to) from = to = last;
+
+  constexpr int kVectors = R <= 2 ? 4 : 2;  // key vectors at once: enough chains to hide the latency of fma
+  constexpr int kWide = kVectors * W < kKeys ? kVectors * W : kKeys;
+  for (int key = first / kWide * kWide; key < last; key += kWide) {
+    F s[R][kWide / W];
+    for (int r = 0; r < R; ++r)
+      for (int i = 0; i < kWide / W; ++i) s[r][i] = V::zero();
+    for (int64_t d = 0; d < e / 2; ++d) {
+      for (int line = 0; line < 2 * kWide * kBytes; line += 64, fetch += 64) GEMMA_PREFETCH(fetch);
+      for (int i = 0; i < kWide / W; ++i) {
+        F a, b;
+        load_keys<F32>(k, e, d, key + i * W, a, b);
+        for (int r = 0; r < R; ++r)
+          s[r][i] = V::fma(V::set(q[r * e + 2 * d + 1]), b, V::fma(V::set(q[r * e + 2 * d]), a, s[r][i]));
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int i = 0; i < kWide / W; ++i) {
+        F x = c > 0 ? cap(s[r][i], c) : s[r][i];
+        const int at = key + i * W;
+        V::store(&p[r][at], V::between(x, V::set(-INFINITY), lo[r] - at, hi[r] - at));
+      }
+  }
+  const int begin = first / kWide * kWide, end = (last + kWide - 1) / kWide * kWide;
+  for (int r = 0; r < R; ++r) {
+    if (lo[r] >= hi[r]) {
+      for (int i = begin; i < end; i += W) V::store(&p[r][i], V::zero());
+      continue;
+    }
+    // Vectors outside [begin, end) would add exact zeros: skipping them keeps the sum's order.
+    F m = V::load(&p[r][begin]);
+    for (int i = begin + W; i < end; i += W) m = V::max(m, V::load(&p[r][i]));
+    max[r] = V::max_of(m);
+    F s = V::zero();
+    for (int i = begin; i < end; i += W) {
+      F x = exp(V::sub(V::load(&p[r][i]), V::set(max[r])));
+      V::store(&p[r][i], x);
+      s = V::add(s, x);
+    }
+    sum[r] = V::sum(s);
+  }
+  for (int64_t d = 0; d < e; d += 32)
+    for (int i = 0; i < 16 / W; ++i) {
+      F x[R], y[R];
+      for (int r = 0; r < R; ++r) x[r] = y[r] = V::zero();
+      auto join = [&](int begin, int end, bool shared) {
+        for (int key = begin; key < end; ++key) {
+          F a, b;
+          load_values<F32>(v, d * kKeys + key * 32, i, a, b);
+          if (fetch_keys && i == 0) {
+            for (int line = 0; line < 32 * kBytes; line += 64, fetch_keys += 64) GEMMA_PREFETCH(fetch_keys);
+          }
+          for (int r = 0; r < R; ++r) {
+            if (!shared && (key < lo[r] || key >= hi[r])) continue;
+            const F w = V::set(p[r][key]);
+            x[r] = V::fma(w, a, x[r]);
+            y[r] = V::fma(w, b, y[r]);
+          }
+        }
+      };
+      join(first, from, false);
+      join(from, to, true);
+      join(to, last, false);
+      for (int r = 0; r < R; ++r)
+        if (lo[r] < hi[r]) {
+          V::store(out + r * e + d + i * W, x[r]);
+          V::store(out + r * e + d + 16 + i * W, y[r]);
+        }
+    }
+}
+
+constexpr int kRowTile = W == 16 ? 8 : 4;  // query rows whose sums fit the registers
+
+template <bool F32>
+void attend_any(const float* q, int rows, int64_t e, const void* k, const void* v, const void* next, const int* lo,
+                const int* hi, float c, float* max, float* sum, float* out) {
+  for (int r = 0; r < rows;) {
+    const int n = rows - r;
+    const float* qr = q + r * e;
+    float* o = out + r * e;
+    if (n >= 8 && kRowTile >= 8) {
+      attend_rows<F32, kRowTile>(qr, e, k, v, next, lo + r, hi + r, c, max + r, sum + r, o);
+      r += kRowTile;
+    } else if (n >= 4) {
+      attend_rows<F32, 4>(qr, e, k, v, next, lo + r, hi + r, c, max + r, sum + r, o);
+      r += 4;
+    } else if (n >= 2) {
+      attend_rows<F32, 2>(qr, e, k, v, next, lo + r, hi + r, c, max + r, sum + r, o);
+      r += 2;
+    } else {
+      attend_rows<F32, 1>(qr, e, k, v, next, lo + r, hi + r, c, max + r, sum + r, o);
+      r += 1;
+    }
+  }
+}
+
+void attend(bool f32, const float* q, int rows, int64_t e, const void* k, const void* v, const void* next,
+            const int* lo, const int* hi, float c, float* max, float* sum, float* out) {
+  if (f32)
+    attend_any<true>(q, rows, e, k, v, next, lo, hi, c, max, sum, out);
+  else
+    attend_any<false>(q, rows, e, k, v, next, lo, hi, c, max, sum, out);
+}
+
+void fold(float* max, float* sum, float* acc, float block_max, float block_sum, const float* block, int64_t e) {
+  const float top = *max > block_max ? *max : block_max;
+  alignas(64) float t[W] = {};
+  t[0] = *max - top;
+  t[1] = block_max - top;
+  V::store(t, exp(V::load(t)));
+  const F a = V::set(t[0]), b = V::set(t[1]);
+  *sum = *sum * t[0] + block_sum * t[1];
+  *max = top;
+  for (int64_t d = 0; d < e; d += W) V::store(acc + d, V::fma(V::load(block + d), b, V::mul(V::load(acc + d), a)));
+}
+
+void divide(const float* acc, float sum, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; i += W) V::store_n(out + i, V::div(V::load_n(acc + i, n - i), V::set(sum)), n - i);
+}
+
+}  // namespace GEMMA_ISA
+}  // namespace gemma

@@ -1,0 +1,362 @@
+// Products with weights, quantised and bf16. Part of kernels-inl.h.
+#pragma once
+
+#include "../quant.h"
+#include "kernels.h"
+
+namespace gemma {
+namespace GEMMA_ISA {
+
+// ---- quantised weights: one decoder an encoding ------------------------------------------------------------------------
+
+template <int G>
+inline void load_4bit(const uint8_t* plane, B* w) {
+  constexpr int at = G * W % 16 * 4;
+  for (int i = 0; i < 8; ++i) {
+    B x = V::load_b(plane + i * 64 + at);
+    w[i] = G * W >= 16 ? V::high4(x) : V::low4(x);
+  }
+}
+
+template <int G>
+inline void load_8bit(const uint8_t* high, const uint8_t* low, B* w) {
+  constexpr int at = G * W % 16 * 4;
+  for (int i = 0; i < 8; ++i) {
+    const B h = V::load_b(high + i * 64 + at), l = V::load_b(low + i * 64 + at);
+    w[i] = G * W >= 16 ? V::join_high(h, l) : V::join_low(h, l);
+  }
+}
+
+template <int G>
+inline void load_5bit(const uint8_t* plane1, const uint8_t* plane4, B* w) {
+  load_4bit<G>(plane4, w);
+  const B p = V::load_b(plane1 + G * W * 4);
+  w[0] = V::or_bit<0>(w[0], p);
+  w[1] = V::or_bit<1>(w[1], p);
+  w[2] = V::or_bit<2>(w[2], p);
+  w[3] = V::or_bit<3>(w[3], p);
+  w[4] = V::or_bit<4>(w[4], p);
+  w[5] = V::or_bit<5>(w[5], p);
+  w[6] = V::or_bit<6>(w[6], p);
+  w[7] = V::or_bit<7>(w[7], p);
+}
+
+template <int G>
+inline void load_6bit(const uint8_t* plane2, const uint8_t* plane4, B* w) {
+  load_4bit<G>(plane4, w);
+  for (int h = 0; h < 2; ++h) {
+    const B p = V::load_b(plane2 + h * 128 + G * W * 4);
+    w[4 * h + 0] = V::or_pair<0>(w[4 * h + 0], p);
+    w[4 * h + 1] = V::or_pair<1>(w[4 * h + 1], p);
+    w[4 * h + 2] = V::or_pair<2>(w[4 * h + 2], p);
+    w[4 * h + 3] = V::or_pair<3>(w[4 * h + 3], p);
+  }
+}
+
+// A block of 32 along K for the W rows of group G: their values as unsigned bytes (value = byte - kOffset), a scale for each
+// kSubs-th of the block, and an offset where kMin says so.
+struct Block {
+  B w[8];
+  F scale[2];
+  F min;
+};
+
+template <int BITS, bool MIN>
+struct Simple {  // Q4_0 Q4_1 Q5_0 Q5_1
+  static constexpr int kBits = BITS, kOffset = MIN ? 0 : 1 << (BITS - 1), kSubs = 1, kUnitBlocks = 1;
+  static constexpr bool kMin = MIN;
+  static constexpr int kScales = MIN ? 128 : 64;
+  static constexpr int kUnit = kScales + BITS * 128, kTail = 0, kLeaves = 0;
+  template <int G>
+  static void decode(const uint8_t* unit, const uint8_t*, int, Block& b) {
+    b.scale[0] = V::load_half(unit + G * W * 2);
+    if (MIN) b.min = V::load_half(unit + 64 + G * W * 2);
+    if (BITS == 5) load_5bit<G>(unit + kScales, unit + kScales + 128, b.w);
+    if (BITS == 4) load_4bit<G>(unit + kScales, b.w);
+  }
+};
+
+struct EightBit {  // Q8_0
+  static constexpr int kBits = 8, kOffset = 128, kSubs = 1, kUnitBlocks = 1;
+  static constexpr bool kMin = false;
+  static constexpr int kUnit = 576, kTail = 512, kLeaves = 0;
+  template <int G>
+  static void decode(const uint8_t* unit, const uint8_t* tail, int, Block& b) {
+    b.scale[0] = V::load_half(unit + G * W * 2);
+    load_8bit<G>(unit + 64, tail, b.w);
+  }
+};
+
+struct HighHalf {  // Q8_0 by its high halves: 16 (h - 8) + 7.5
+  static constexpr int kBits = 4, kOffset = 8, kSubs = 1, kUnitBlocks = 1;
+  static constexpr bool kMin = true;
+  static constexpr int kUnit = 576, kTail = 0, kLeaves = 512;
+  template <int G>
+  static void decode(const uint8_t* unit, const uint8_t*, int, Block& b) {
+    const F d = V::load_half(unit + G * W * 2);
+    b.scale[0] = V::mul(d, V::set(16.0f));
+    b.min = V::mul(d, V::set(7.5f));
+    load_4bit<G>(unit + 64, b.w);
+  }
+};
+
+template <int BITS>
+struct TwoLevel {  // Q4_K Q5_K
+  static constexpr int kBits = BITS, kOffset = 0, kSubs = 1, kUnitBlocks = 8;
+  static constexpr bool kMin = true;
+  static constexpr int kHeader = 512;
+  static constexpr int kUnit = kHeader + 8 * BITS * 128, kTail = 0, kLeaves = 0;
+  template <int G>
+  static void decode(const uint8_t* unit, const uint8_t*, int j, Block& b) {
+    const I hi = V::shr_i(V::load_i(unit + 128 + G * W * 4), 4 * j);
+    const I lo = V::load_u8(unit + 256 + j * 32 + G * W);
+    const I three = V::set_i(3);
+    const I sc = V::or_i(V::and_i(lo, V::set_i(15)), V::shl_i<4>(V::and_i(hi, three)));
+    const I mn = V::or_i(V::shr_i(lo, 4), V::shl_i<4>(V::and_i(V::shr_i(hi, 2), three)));
+    b.scale[0] = V::mul(V::load_half(unit + G * W * 2), V::to_float(sc));
+    b.min = V::sub(V::zero(), V::mul(V::load_half(unit + 64 + G * W * 2), V::to_float(mn)));
+    const uint8_t* planes = unit + kHeader + j * BITS * 128;
+    if (BITS == 5) load_5bit<G>(planes, planes + 128, b.w);
+    if (BITS == 4) load_4bit<G>(planes, b.w);
+  }
+};
+
+struct SixBit {  // Q6_K
+  static constexpr int kBits = 6, kOffset = 32, kSubs = 2, kUnitBlocks = 8;
+  static constexpr bool kMin = false;
+  static constexpr int kUnit = 64 + 8 * 832, kTail = 0, kLeaves = 0;
+  template <int G>
+  static void decode(const uint8_t* unit, const uint8_t*, int j, Block& b) {
+    const uint8_t* block = unit + 64 + j * 832;
+    const F d = V::load_half(unit + G * W * 2);
+    b.scale[0] = V::mul(d, V::to_float(V::load_i8(block + G * W)));
+    b.scale[1] = V::mul(d, V::to_float(V::load_i8(block + 32 + G * W)));
+    load_6bit<G>(block + 64, block + 64 + 256, b.w);
+  }
+};
+
+// acc += scale * (w . q) * d + min * d * sum(q): one block, one activation row. The order is the specification: for each scale
+// the integer dot product and one fma, then one for the offset.
+template <class Q, bool FINE>
+inline F block_dot(const Block& b, const int8_t* q, const ActScale& s, F acc) {
+  if (Q::kSubs == 1 && !FINE) {
+    acc = V::fma(V::to_float(V::template dot<Q::kBits, Q::kOffset, 8>(b.w, q, s.sum)),
+                 V::mul(b.scale[0], V::set(s.d[0])), acc);
+  } else {
+    const F second = b.scale[Q::kSubs - 1];
+    acc = V::fma(V::to_float(V::template dot<Q::kBits, Q::kOffset, 4>(b.w, q, s.sum0)),
+                 V::mul(b.scale[0], V::set(s.d[0])), acc);
+    acc = V::fma(V::to_float(V::template dot<Q::kBits, Q::kOffset, 4>(b.w + 4, q + 16, s.sum - s.sum0)),
+                 V::mul(second, V::set(s.d[1])), acc);
+  }
+  if (Q::kMin) acc = V::fma(b.min, V::set(s.dsum), acc);
+  return acc;
+}
+
+// One activation row: sums stay in registers and the panel is read once, in order.
+template <class Q, bool FINE, int G>
+struct OneRow {
+  static GEMMA_INLINE void step(const uint8_t* unit, const uint8_t* tail, int j, const int8_t* q, const ActScale& s,
+                                F* acc) {
+    OneRow<Q, FINE, G - 1>::step(unit, tail, j, q, s, acc);
+    Block b;
+    Q::template decode<G - 1>(unit, tail, j, b);
+    acc[G - 1] = block_dot<Q, FINE>(b, q, s, acc[G - 1]);
+  }
+};
+template <class Q, bool FINE>
+struct OneRow<Q, FINE, 0> {
+  static GEMMA_INLINE void step(const uint8_t*, const uint8_t*, int, const int8_t*, const ActScale&, F*) {}
+};
+
+// Several rows: a block of weights stays in registers while all activation rows stream past it; sums lie in the L1 tile.
+constexpr int kHeld = W == 16 ? 2 : 1;  // groups held at once: 16 of 32 registers, or 8 of 16
+
+template <class Q, bool FINE, int G>
+struct ManyRows {
+  static void step(const uint8_t* unit, const uint8_t* tail, int j, const int8_t* q, const ActScale* s, int rows,
+                   float* tile) {
+    ManyRows<Q, FINE, G - kHeld>::step(unit, tail, j, q, s, rows, tile);
+    Block b0, b1;
+    Q::template decode<G - kHeld>(unit, tail, j, b0);
+    if (kHeld == 2) Q::template decode<G - 1>(unit, tail, j, b1);
+    for (int i = 0; i < rows; ++i) {
+      float* t = tile + i * kPanel + (G - kHeld) * W;
+      F x = V::load(t);
+      F y = kHeld == 2 ? V::load(t + W) : x;
+      x = block_dot<Q, FINE>(b0, q + i * kBlock, s[i], x);
+      if (kHeld == 2) y = block_dot<Q, FINE>(b1, q + i * kBlock, s[i], y);
+      V::store(t, x);
+      if (kHeld == 2) V::store(t + W, y);
+    }
+  }
+};
+template <class Q, bool FINE>
+struct ManyRows<Q, FINE, 0> {
+  static void step(const uint8_t*, const uint8_t*, int, const int8_t*, const ActScale*, int, float*) {}
+};
+
+// Where blocks [first, first + count) of a panel lie. For the few rows of a decode step, that is all the kernel waits for.
+struct Run {
+  const uint8_t* panel;
+  int64_t blocks, first, count;
+  bool add;
+};
+
+template <class Q, bool FINE>
+void panel_rows(const Run& run, const QuantActs& a, float* tile) {
+  constexpr int kBlockBytes = Q::kUnit / Q::kUnitBlocks;
+  const uint8_t* unit = run.panel + run.first * kBlockBytes;
+  const uint8_t* tail = run.panel + run.blocks * kBlockBytes + run.first * Q::kTail;
+  const int8_t* q = a.q;
+  const ActScale* s = a.scale;
+  if (a.rows == 1) {
+    F acc[kGroups];
+    for (int g = 0; g < kGroups; ++g) acc[g] = run.add ? V::load(tile + g * W) : V::zero();
+    for (int64_t u = 0; u < run.count / Q::kUnitBlocks; ++u, unit += Q::kUnit, tail += Q::kTail)
+      for (int j = 0; j < Q::kUnitBlocks; ++j, q += kBlock, ++s) {
+        // Hardware prefetch ends with a page and knows nothing of where the low halves are left out.
+        constexpr int kAhead = 16 * kBlockBytes;
+        const uint8_t* ahead = unit + (Q::kLeaves ? run.blocks * (Q::kUnit + Q::kLeaves) : j * kBlockBytes + kAhead);
+        for (int p = 0; p < kBlockBytes; p += 64) GEMMA_PREFETCH(ahead + p);
+        for (int p = 0; p < Q::kTail; p += 64) GEMMA_PREFETCH(tail + 16 * Q::kTail + p);
+        OneRow<Q, FINE, kGroups>::step(unit, tail, j, q, *s, acc);
+      }
+    for (int g = 0; g < kGroups; ++g) V::store(tile + g * W, acc[g]);
+    return;
+  }
+  for (int i = 0; !run.add && i < a.rows * kPanel; i += W) V::store(tile + i, V::zero());
+  for (int64_t u = 0; u < run.count / Q::kUnitBlocks; ++u, unit += Q::kUnit, tail += Q::kTail)
+    for (int j = 0; j < Q::kUnitBlocks; ++j, q += kBlock * a.rows, s += a.rows) {
+      // With few rows the kernel would wait for memory: 16 blocks ahead keeps the reads in flight.
+      for (int p = 0; p < kBlockBytes; p += 64) GEMMA_PREFETCH(unit + (j + 16) * kBlockBytes + p);
+      for (int p = 0; p < Q::kTail; p += 64) GEMMA_PREFETCH(tail + 16 * Q::kTail + p);
+      ManyRows<Q, FINE, kGroups>::step(unit, tail, j, q, s, a.rows, tile);
+    }
+}
+
+template <class Q>
+inline void panel_of(const Run& run, const QuantActs& a, float* tile) {
+  a.fine ? panel_rows<Q, true>(run, a, tile) : panel_rows<Q, false>(run, a, tile);
+}
+
+void panel(DType type, const uint8_t* data, int64_t blocks, int64_t first, int64_t count, const QuantActs& a, bool add,
+           float* tile) {
+  const Run run{data, blocks, first, count, add};
+  switch (type) {
+    case DType::Q8_0:
+      return panel_of<EightBit>(run, a, tile);
+    case DType::Q4_0:
+      return panel_of<Simple<4, false>>(run, a, tile);
+    case DType::Q4_1:
+      return panel_of<Simple<4, true>>(run, a, tile);
+    case DType::Q5_0:
+      return panel_of<Simple<5, false>>(run, a, tile);
+    case DType::Q5_1:
+      return panel_of<Simple<5, true>>(run, a, tile);
+    case DType::Q4_K:
+      return panel_of<TwoLevel<4>>(run, a, tile);
+    case DType::Q5_K:
+      return panel_of<TwoLevel<5>>(run, a, tile);
+    case DType::Q6_K:
+      return panel_of<SixBit>(run, a, tile);
+    default:
+      return;
+  }
+}
+
+void scan(const uint8_t* data, int64_t blocks, const QuantActs& a, const float* energy, float* tile, float* variance) {
+  panel_of<HighHalf>({data, blocks, 0, blocks, false}, a, tile);
+  for (int i = 0; i < a.rows; ++i)
+    for (int g = 0; g < kGroups; ++g) {
+      F sum = V::zero();
+      for (int64_t b = 0; b < blocks; ++b) {
+        const F d = V::load_half(data + b * HighHalf::kUnit + g * W * 2);
+        sum = V::fma(V::mul(d, d), V::set(energy[b * a.rows + i]), sum);
+      }
+      V::store(variance + i * kPanel + g * W, sum);
+    }
+}
+
+// ---- bf16 weights in file order: lane j sums k = j modulo the step, one fixed tree closes the row ------------------------
+
+constexpr int kStep = V::kBf16Step;
+constexpr int64_t kSpan =
+    4096;  // K values of a panel's weights that stay in L2; a piece of a tile's activations stays in L1
+
+// Adds K values [from, to) to the sums of R weight rows and M activation rows; `from` 0 starts them. `tail` holds the last values
+// of each weight row, padded with zeros. `ahead` is where the next tile's weights lie, null when they are in the cache.
+template <int R, int M, bool AHEAD>
+inline void bf16_steps(const uint16_t* w, int64_t ldw, const uint8_t* x, int64_t ldx, int64_t from, int64_t to,
+                       const uint16_t (*tail)[32], const uint16_t* ahead, V::Sum (*sum)[V::kBf16TileX]) {
+  V::Sum s[R][M];
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m) s[r][m] = from ? sum[r][m] : V::sum_zero();
+  int64_t i = from;
+  for (; i + kStep <= to; i += kStep) {
+    V::Wide v[R];
+    for (int r = 0; r < R; ++r) {
+      v[r] = V::load_w(w + r * ldw + i);
+      if (AHEAD) GEMMA_PREFETCH(ahead + r * ldw + (i - from));
+    }
+    for (int m = 0; m < M; ++m)
+      for (int r = 0; r < R; ++r) V::dot_bf16(s[r][m], v[r], x + m * ldx + (i - from) * V::kPackedSize);
+  }
+  if (i < to)
+    for (int m = 0; m < M; ++m)
+      for (int r = 0; r < R; ++r) V::dot_bf16(s[r][m], V::load_w(tail[r]), x + m * ldx + (i - from) * V::kPackedSize);
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < M; ++m) sum[r][m] = s[r][m];
+}
+
+// The same for `rows` <= kBf16TileW weight rows and m <= M activation rows.
+template <int M>
+struct Bf16Tile {
+  static void add(int rows, int m, const uint16_t* w, int64_t ldw, const uint8_t* x, int64_t ldx, int64_t from,
+                  int64_t to, const uint16_t (*tail)[32], const uint16_t* ahead, V::Sum (*sum)[V::kBf16TileX]) {
+    constexpr int R = V::kBf16TileW;
+    if (m < M) return Bf16Tile<M - 1>::add(rows, m, w, ldw, x, ldx, from, to, tail, ahead, sum);
+    if (rows == R && ahead) return bf16_steps<R, M, true>(w, ldw, x, ldx, from, to, tail, ahead, sum);
+    if (rows == R) return bf16_steps<R, M, false>(w, ldw, x, ldx, from, to, tail, ahead, sum);
+    for (int r = 0; r < rows; ++r)
+      bf16_steps<1, M, false>(w + r * ldw, ldw, x, ldx, from, to, tail + r, ahead, sum + r);
+  }
+};
+template <>
+struct Bf16Tile<0> {
+  static void add(int, int, const uint16_t*, int64_t, const uint8_t*, int64_t, int64_t, int64_t, const uint16_t (*)[32],
+                  const uint16_t*, V::Sum (*)[V::kBf16TileX]) {}
+};
+
+void bf16(const uint16_t* w, int64_t ldw, int rows, int64_t k, const void* acts, int64_t first, int m, int64_t n,
+          float* out, int64_t ldo) {
+  constexpr int R = V::kBf16TileW, M = V::kBf16TileX, kTiles = (kActChunk + M - 1) / M;
+  static_assert(kBf16Rows % R == 0, "a call is a whole number of tiles");
+  V::Sum sums[kTiles][kBf16Rows][M];
+  uint16_t tail[kBf16Rows][32] = {};
+  for (int r = 0; r < rows; ++r)
+    for (int64_t j = k / kStep * kStep; j < k; ++j) tail[r][j % kStep] = w[r * ldw + j];
+  const int64_t depth = n == 1 ? k : kDepth;  // a single row is one piece in all, and reads the weights in their order
+  for (int64_t begin = 0; begin < k; begin += kSpan) {
+    const int64_t end = n > 1 && begin + kSpan < k ? begin + kSpan : k;
+    for (int t = 0; t < m; t += M) {
+      const int tile = m - t < M ? m - t : M;
+      V::Sum(*sum)[M] = sums[t / M];
+      for (int64_t from = begin; from < end; from += depth) {
+        const int64_t to = from + depth < end ? from + depth : end, ldx = piece_stride(from, k);
+        const uint8_t* x = static_cast<const uint8_t*>(acts) + piece_at(from, n) + (first + t) * ldx;
+        for (int r = 0; r < rows; r += R) {
+          // Hardware prefetch ends with a page: ask for the tile after this one, be it beside it, further along K or the next call's.
+          const uint16_t* next = r + R < rows ? w + (r + R) * ldw + from : to < k ? w + to : w + rows * ldw;
+          Bf16Tile<M>::add(rows - r < R ? rows - r : R, tile, w + r * ldw, ldw, x, ldx, from, to, tail + r,
+                           t ? nullptr : next, sum + r);
+        }
+      }
+      for (int i = 0; end == k && i < tile; ++i) V::close(&sum[0][i], M, rows, out + (t + i) * ldo);
+    }
+    if (end == k) break;
+  }
+}
+
+}  // namespace GEMMA_ISA
+}  // namespace gemma
