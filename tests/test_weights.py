@@ -221,8 +221,8 @@ def test_packed_files(folder: Path, tmp_path: Path, weights: str) -> None:
         changed = {**header["__metadata__"], "tensors": json.dumps({**table, name: entry})}
         put_header(target, {**header, "__metadata__": changed}, data)
         refused(target, name)
-    put_header(target, {**header, "__metadata__": {**header["__metadata__"], "gemma_native": "2"}}, data)
-    refused(target, "version")
+    put_header(target, {**header, "__metadata__": {**header["__metadata__"], "gemma_native": "1"}}, data)
+    refused(target, "older", "quantised again")
 
 
 def rewritten(path: Path, add: Any) -> Path:

@@ -432,6 +432,7 @@ def _token_id(metadata: Mapping[str, Any], name: str, path: Path) -> int | None:
 
 # --- packed files: what the engine holds in memory, ready to be mapped ---
 
+_PACKED_VERSION = "2"  # of the tiles' layout: 2 splits Q8_0
 _ALIGN = 64
 _TOKENIZER = "tokenizer.model"
 
@@ -455,7 +456,7 @@ def save_packed(
     """
     header: dict[str, Any] = {
         "__metadata__": {
-            "gemma_native": "1",
+            "gemma_native": _PACKED_VERSION,
             "config": replace(config, norm_offset=0.0).to_json(),
             "tensors": json.dumps({name: [dtype, list(shape)] for name, (dtype, shape, _) in tensors.items()}),
         }
@@ -501,9 +502,10 @@ def save_packed(
 
 def _open_packed(path: Path) -> Checkpoint:
     file = read_safetensors(path)
-    if file.metadata.get("gemma_native") != "1":
+    if file.metadata.get("gemma_native") != _PACKED_VERSION:
         raise FormatError(
-            f"{path}: not a packed file of gemma_native (version 1); for a Hugging Face checkpoint give its directory"
+            f"{path}: not a packed file of this gemma_native (format {_PACKED_VERSION}); an older one has to be quantised again, "
+            "and for a Hugging Face checkpoint give its directory"
         )
     config = Config.from_json(file.metadata.get("config", ""), str(path))
     table = _object(file.metadata.get("tensors", ""), f"{path}: tensors")
