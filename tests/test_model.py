@@ -22,6 +22,7 @@ from engine import (
     GetModel,
     all_logits,
     build,
+    edited,
     exit_code,
     held,
     random_tokens,
@@ -107,6 +108,19 @@ def test_quantised_files(model: GetModel, checkpoint: Callable[[str], Checkpoint
     assert reference.nse(logits, reference.forward(c.config, weights, tokens)) <= 4e-3
     rounded = reference.forward(c.config, weights, tokens, reference.round_int8_blocks)
     assert reference.nse(logits, rounded) <= 1e-3
+
+
+@pytest.mark.parametrize("part", ["gate", "up", "down"])
+def test_a_layer_of_two_encodings(checkpoint: Callable[[str], Checkpoint], part: str) -> None:
+    """One matrix of a pair quantised, the other bf16, with rows enough for every way of going through them."""
+    c = checkpoint("gemma2:Q8_0")
+    tensors = edited(c, f"model.layers.0.mlp.{part}_proj.weight", lambda w: None)
+    m = _native.Model(c.config, tensors, kv="f32")
+    assert {"Q8_0", "BF16"} <= set(m.encodings().values())
+    weights = reference.weights_of(c.tensors)
+    for n in (1, 20, 150):
+        tokens = random_tokens(n, 3)
+        assert reference.nse(all_logits(m, tokens), reference.forward(c.config, weights, tokens)) <= 4e-3
 
 
 @pytest.mark.parametrize("quant", ["F32", "F16", "BF16"])

@@ -183,6 +183,7 @@ void place_bf16(Panel* panels, int count, bool copy) {
   static thread_local Memory scratch;
   for (int p = 0; p < count; ++p) {
     const int64_t k = panels[p].w->cols;
+    if (encoding(panels[p].w->type).quantized) continue;
     panels[p].bf16 = reinterpret_cast<const uint16_t*>(panels[p].data());
     panels[p].ld = k;
     if (!copy) continue;
@@ -213,7 +214,7 @@ void each_product(const Kernels& kernels, ThreadPool& pool, const Activations& x
       for (int64_t i = begin; i < end; i += group / each) {
         const int count = static_cast<int>(std::min<int64_t>(group / each, end - i));
         for (int j = 0; j < count; ++j) at(i + j, panels + j * each);
-        if (!encoding(panels->w->type).quantized) place_bf16(panels, count * each, x.n >= 2 * kActChunk);
+        if (x.bf16()) place_bf16(panels, count * each, x.n >= 2 * kActChunk);
         for (int64_t m0 = from; m0 < std::min(x.n, from + sweep); m0 += kActChunk) {
           const int m = static_cast<int>(std::min<int64_t>(kActChunk, x.n - m0));
           group_product(kernels, x, panels, count * each, m0, m, tiles);

@@ -196,7 +196,7 @@ struct ManyRows<Q, FINE, 0> {
   static void step(const uint8_t*, const uint8_t*, int, const int8_t*, const ActScale*, int, float*) {}
 };
 
-// Where blocks [first, first + count) of a panel lie. For the few rows of a decode step, that is all the kernel waits for.
+// Blocks [first, first + count) of a panel.
 struct Run {
   const uint8_t* panel;
   int64_t blocks, first, count;
@@ -215,7 +215,7 @@ void panel_rows(const Run& run, const QuantActs& a, float* tile) {
     for (int g = 0; g < kGroups; ++g) acc[g] = run.add ? V::load(tile + g * W) : V::zero();
     for (int64_t u = 0; u < run.count / Q::kUnitBlocks; ++u, unit += Q::kUnit, tail += Q::kTail)
       for (int j = 0; j < Q::kUnitBlocks; ++j, q += kBlock, ++s) {
-        // Hardware prefetch ends with a page and knows nothing of where the low halves are left out.
+        // Hardware prefetch ends with a page, and knows nothing of low halves that are left out: the next panel's blocks then.
         constexpr int kAhead = 16 * kBlockBytes;
         const uint8_t* ahead = unit + (Q::kLeaves ? run.blocks * (Q::kUnit + Q::kLeaves) : j * kBlockBytes + kAhead);
         for (int p = 0; p < kBlockBytes; p += 64) GEMMA_PREFETCH(ahead + p);
@@ -281,8 +281,8 @@ void scan(const uint8_t* data, int64_t blocks, const QuantActs& a, const float* 
 // ---- bf16 weights in file order: lane j sums k = j modulo the step, one fixed tree closes the row ------------------------
 
 constexpr int kStep = V::kBf16Step;
-constexpr int64_t kSpan =
-    4096;  // K values of a panel's weights that stay in L2; a piece of a tile's activations stays in L1
+// K values of a panel's weights at a time, which stay in L2. A tile's piece of activations stays in L1.
+constexpr int64_t kSpan = 4096;
 
 // Adds K values [from, to) to the sums of R weight rows and M activation rows; `from` 0 starts them. `tail` holds the last values
 // of each weight row, padded with zeros. `ahead` is where the next tile's weights lie, null when they are in the cache.
