@@ -53,6 +53,7 @@ struct KvStore {
 struct KvShape {
   bool f32 = false;           // else bf16
   std::vector<int64_t> ring;  // positions a layer holds: slot = position % ring; 0: every position has its own
+  int64_t capacity = 0;       // positions that the sequence may have
 };
 
 // A run of rows of a pass that belong to one sequence: rows [row, row + count) stand at [position, position + count).
@@ -94,6 +95,12 @@ class Backend {
   virtual void resize(Buffer& buffer, int64_t floats) = 0;
   virtual std::unique_ptr<KvStore> new_kv(const Config& config, const KvShape& shape) = 0;
 
+  // After the last matrix is loaded: memory for passes may be allocated now. Returns how many rows the caller's buffers are to hold
+  // from the start; 0: they may grow.
+  virtual int64_t prepare(const Config&) { return 0; }
+  // Runs `body`, the operations from `embed` to the last `feed_forward` for these rows, or a recording of an earlier one alike.
+  virtual void pass(const Rows&, const std::function<void()>& body) { body(); }
+
   // x[N, D] = table[token] * scale
   virtual void embed(const Matrix& table, const Rows& rows, float scale, Buffer& x) = 0;
   // q[N, H, E] = rope(norm(W_q rmsnorm(x))) * query_scale; k and v go to the spans' stores.
@@ -120,7 +127,10 @@ class Backend {
 
 std::unique_ptr<Backend> make_cpu_backend(int threads);
 // Throws std::runtime_error where there is no usable device, or when built without CUDA.
-std::unique_ptr<Backend> make_cuda_backend(int device);
+// `deterministic`: the same bits for any chunks of a prompt, and for decode.
+std::unique_ptr<Backend> make_cuda_backend(int device, bool deterministic);
+// The same kernels on the CPU, for tests; very slow.
+std::unique_ptr<Backend> make_emulated_cuda_backend(bool deterministic);
 std::string cuda_status();  // "" when a device is usable, else why not
 
 }  // namespace gemma

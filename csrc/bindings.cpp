@@ -19,6 +19,9 @@
 #include "cpu/matmul.h"
 #include "cpu/probes.h"
 #include "cpu/threads.h"
+#if defined(GEMMA_NATIVE_EMULATOR)
+#include "cuda/emulator.h"
+#endif
 #include "model.h"
 #include "quant.h"
 
@@ -200,7 +203,8 @@ void run(PyModel& m, const CancelFlag* cancel, Fn&& f) {
 
 std::shared_ptr<PyModel> make_model(const py::object& config, const py::dict& tensors, const std::string& device,
                                     const std::optional<int>& threads, const std::string& kv,
-                                    const std::string& weights, const py::object& consumed) {
+                                    const std::string& weights, const py::object& consumed,
+                                    bool deterministic) {
   auto m = std::make_shared<PyModel>();
   m->config = config;
   const Config c = config_of(config);
@@ -245,6 +249,8 @@ std::shared_ptr<PyModel> make_model(const py::object& config, const py::dict& te
   std::unique_ptr<Backend> backend;
   if (device == "cpu") {
     backend = make_cpu_backend(threads ? *threads : default_threads());
+  } else if (device == "cuda-emulated") {
+    backend = make_emulated_cuda_backend(deterministic);
   } else {
     int index = 0;
     bool ok = device.rfind("cuda", 0) == 0 && (device.size() == 4 || device[4] == ':');
@@ -253,7 +259,7 @@ std::shared_ptr<PyModel> make_model(const py::object& config, const py::dict& te
       if (ok) index = std::stoi(device.substr(5));
     }
     GEMMA_CHECK(ok, "device must be \"cpu\", \"cuda\" or \"cuda:N\", not \"", device, "\"");
-    backend = make_cuda_backend(index);
+    backend = make_cuda_backend(index, deterministic);
   }
   {
     py::gil_scoped_release release;
@@ -402,6 +408,70 @@ py::array_t<float> dequantize_reference(const std::string& type, const py::buffe
   return out;
 }
 
+#if defined(GEMMA_NATIVE_EMULATOR)
+// Kernels that are wrong on purpose: what the emulator says of them is tested.
+void run_faulty_kernel(const std::string& fault, py::array_t<float>& out) {
+  namespace e = emulator;
+  GEMMA_CHECK(out.size() >= 64, "out must have 64 values");
+  float* y = out.mutable_data();
+  const auto body = [&] {
+    auto* shared = static_cast<float*>(e::static_shared(64 * sizeof(float)));
+    const int t = e::thread().x;
+    if (fault == "divergent barrier") {
+      if (t < 32) e::barrier();
+    } else if (fault == "divergent warp") {
+      if (t % 2) e::collective([](void* const*) {}, nullptr, "sync_warp");
+    } else if (fault == "different operations") {
+      if (t % 2)
+        e::collective([](void* const*) {}, nullptr, "one");
+      else
+        e::collective([](void* const* l) { (void)l[0]; }, nullptr, "another");
+    } else if (fault == "missing wait") {
+      alignas(16) static const float ones[4] = {1, 1, 1, 1};
+      if (t == 0) e::async_copy(shared, ones, 16, 16), e::async_commit();
+      e::barrier();
+      y[t] = shared[t % 4];
+      if (t == 0) e::async_wait(0);
+    } else if (fault == "unwritten") {
+      y[t] = shared[t];
+    } else if (fault == "write outside") {
+      if (t == 0) {
+        auto* p = static_cast<uint8_t*>(e::allocate(100));
+        p[100] = 1;
+        e::release(p);
+      }
+    } else {
+      shared[t] = static_cast<float>(t);
+      if (fault != "missing barrier") e::barrier();
+      y[t] = shared[63 - t];
+    }
+  };
+  e::launch("faulty", {1, 1, 1}, 64, 0, body);
+}
+
+void add_emulator(py::module_& t) {
+  namespace e = emulator;
+  t.def(
+      "emulator",
+      [](const std::string& order, uint32_t seed, size_t memory_limit, int64_t fail_after) {
+        GEMMA_CHECK(order == "forward" || order == "reverse" || order == "random", "order is \"", order, "\"");
+        e::settings() = {order == "forward"   ? e::Order::forward
+                         : order == "reverse" ? e::Order::reverse
+                                              : e::Order::random,
+                         seed, memory_limit, fail_after ? e::launches() + fail_after : 0};
+      },
+      py::arg("order") = "forward", py::arg("seed") = 1, py::arg("memory_limit") = 0, py::arg("fail_after") = 0);
+  t.def("emulator_state", [] {
+    py::dict d;
+    d["allocated"] = e::allocated();
+    d["launches"] = e::launches();
+    d["broken_guards"] = e::broken_guards();
+    return d;
+  });
+  t.def("faulty_kernel", run_faulty_kernel);
+}
+#endif
+
 void add_testing(py::module_& m) {
   py::module_ t = m.def_submodule("testing", "Single kernels of the level in use, for the test suite.");
   t.def("product", test_product, py::arg("dtype"), py::arg("data"), py::arg("rows"), py::arg("cols"), py::arg("x"),
@@ -432,6 +502,9 @@ void add_testing(py::module_& m) {
     kernels().softcap(out.mutable_data(), out.size(), cap);
     return out;
   });
+#if defined(GEMMA_NATIVE_EMULATOR)
+  add_emulator(t);
+#endif
   t.def("log_sum", [](const FloatArray& x) {
     float max, sum;
     kernels().log_sum(x.data(), x.size(), &max, &sum);
@@ -504,7 +577,7 @@ PYBIND11_MODULE(_native, m) {
   py::class_<PyModel, std::shared_ptr<PyModel>>(m, "Model", "A Gemma on a device: token ids in, logits out.")
       .def(py::init(&make_model), py::arg("config"), py::arg("tensors"), py::arg("device") = "cpu",
            py::arg("threads") = py::none(), py::kw_only(), py::arg("kv") = "bf16", py::arg("weights") = "auto",
-           py::arg("consumed") = py::none())
+           py::arg("consumed") = py::none(), py::arg("deterministic") = false)
       .def_property_readonly("config", [](const PyModel& p) { return p.config; })
       .def_property_readonly("device", [](const PyModel& p) { return std::string(p.model->backend().device()); })
       .def_property_readonly("threads", [](const PyModel& p) { return p.model->backend().threads(); })

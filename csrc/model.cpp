@@ -128,6 +128,7 @@ Model::Model(const Config& config, const std::map<std::string, HostTensor>& tens
   x_ = backend_->new_buffer();
   q_ = backend_->new_buffer();
   attended_ = backend_->new_buffer();
+  resize_buffers(backend_->prepare(c));
 }
 
 size_t Model::weight_bytes() const {
@@ -144,26 +145,32 @@ std::unique_ptr<Cache> Model::new_cache(int64_t capacity) const {
   KvShape shape;
   shape.f32 = kv_f32_;
   shape.ring = rings_;
+  shape.capacity = capacity;
   return std::make_unique<Cache>(this, backend_->new_kv(config_, shape), capacity, ring_, config_.sliding_window);
+}
+
+void Model::resize_buffers(int64_t rows) {
+  const Config& c = config_;
+  backend_->resize(*x_, rows * c.hidden_size);
+  backend_->resize(*q_, rows * c.num_heads * c.head_dim);
+  backend_->resize(*attended_, rows * c.num_heads * c.head_dim);
 }
 
 // Embedding and every layer: x[N, D] in, x[N, D] out.
 void Model::layers(const Rows& rows, const Poll& poll) {
   const Config& c = config_;
   Backend& b = *backend_;
-  const int64_t n = rows.n;
-  b.resize(*x_, n * c.hidden_size);
-  b.resize(*q_, n * c.num_heads * c.head_dim);
-  b.resize(*attended_, n * c.num_heads * c.head_dim);
-
-  b.embed(*embedding_, rows, std::sqrt(static_cast<float>(c.hidden_size)), *x_);
-  for (const LayerWeights& w : layers_) {
-    poll();
-    b.qkv(c, w, rows, *x_, *q_);
-    b.attention(c, w, rows, *q_, *attended_);
-    b.project_add(c, w, rows, *attended_, *x_);
-    b.feed_forward(c, w, rows, *x_);
-  }
+  resize_buffers(rows.n);
+  b.pass(rows, [&] {
+    b.embed(*embedding_, rows, std::sqrt(static_cast<float>(c.hidden_size)), *x_);
+    for (const LayerWeights& w : layers_) {
+      poll();
+      b.qkv(c, w, rows, *x_, *q_);
+      b.attention(c, w, rows, *q_, *attended_);
+      b.project_add(c, w, rows, *attended_, *x_);
+      b.feed_forward(c, w, rows, *x_);
+    }
+  });
 }
 
 void Model::forward(const std::vector<std::vector<int32_t>>& tokens, const std::vector<Cache*>& caches,

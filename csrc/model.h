@@ -78,6 +78,7 @@ class Model {
   const std::vector<Weight>& weights() const { return listing_; }
 
  private:
+  void resize_buffers(int64_t rows);
   void layers(const Rows& rows, const Poll& poll);
 
   Config config_;

@@ -1,0 +1,418 @@
+// The CUDA backend: the operations of backend.h as launches on one stream of one device, and decode steps as graphs.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <map>
+#include <mutex>
+
+#include "../quant.h"
+#include "kernels.h"
+#include "layout.h"
+
+namespace gemma::gpu {
+
+namespace {
+
+struct GpuBuffer final : Buffer {
+  Memory memory;
+};
+
+class GpuKv final : public KvStore {
+ public:
+  GpuKv(std::shared_ptr<Device> device, size_t bytes, int64_t capacity)
+      : capacity(capacity), device_(std::move(device)), memory_(device_, bytes, "a KV cache") {}
+  void reserve(int64_t) override {}  // all of it is there
+  size_t bytes() const override { return memory_.bytes(); }
+  std::unique_ptr<KvStore> clone() const override {
+    device_->use();
+    auto copy = std::make_unique<GpuKv>(device_, memory_.bytes(), capacity);
+    device_->copy(copy->memory_.data(), memory_.data(), memory_.bytes());
+    device_->wait("copy of a KV cache");
+    return copy;
+  }
+  uint8_t* data() const { return memory_.data(); }
+  const int64_t capacity;
+
+ private:
+  std::shared_ptr<Device> device_;
+  Memory memory_;
+};
+
+const GpuMatrix& gpu_matrix(const Matrix& m) { return static_cast<const GpuMatrix&>(m); }
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// A matrix of a product, and where its results go.
+struct Target {
+  const GpuMatrix* w;
+  float* out;
+  int64_t stride;
+};
+
+class CudaBackend final : public Backend {
+ public:
+  CudaBackend(int index, bool deterministic)
+      : device_(std::make_shared<Device>(index)), deterministic_(deterministic) {}
+
+  const char* device() const override { return device_->name().c_str(); }
+  int threads() const override { return 1; }
+
+  // ---- memory --------------------------------------------------------------------------------------------------------
+
+  std::unique_ptr<Matrix> load_matrix(const HostTensor& source, DType target, bool, const Consumed& consumed) override {
+    device_->use();
+    auto m = load_gpu_matrix(device_, source, target, consumed);
+    widest_ = std::max({widest_, m->cols, m->rows});
+    return m;
+  }
+
+  std::unique_ptr<Buffer> load_vector(const HostTensor& source, float offset) override {
+    GEMMA_CHECK(!encoding(source.type).quantized, "tensor \"", source.name, "\" is a vector and cannot be quantised (",
+                encoding(source.type).name, ")");
+    std::vector<float> values(source.cols);
+    decode_row(source.type, source.data, source.cols, values.data());
+    for (float& v : values) v += offset;
+    auto b = std::make_unique<GpuBuffer>();
+    device_->use();
+    resize(*b, source.cols);
+    device_->upload(b->data, values.data(), values.size() * sizeof(float));
+    device_->wait("upload of weights");
+    return b;
+  }
+
+  std::unique_ptr<Buffer> new_buffer() override { return std::make_unique<GpuBuffer>(); }
+
+  void resize(Buffer& buffer, int64_t floats) override {
+    auto& b = static_cast<GpuBuffer&>(buffer);
+    const size_t bytes = static_cast<size_t>(floats) * sizeof(float);
+    if (b.memory.bytes() >= bytes) return;
+    graphs_.clear();  // they know the old address
+    b.memory = Memory();
+    b.memory = Memory(device_, bytes, "a vector or activations");
+    b.data = b.memory.floats();
+  }
+
+  int64_t prepare(const Config& c) override {
+    device_->use();
+    const int64_t E = c.head_dim, e = round_up(E, 16), heads = c.num_heads + 2 * c.num_kv_heads;
+    const int64_t widest = round_up(std::max({c.hidden_size, c.intermediate_size, c.num_heads * E}), 32);
+    rows_ = reserve(kMaxRows * static_cast<int64_t>(sizeof(Row)));
+    tiles_ = reserve(kMaxRows * static_cast<int64_t>(sizeof(Tile)));
+    qkv_ = reserve(kMaxRows * heads * E * 4);
+    y_ = reserve(kMaxRows * c.hidden_size * 4);
+    gate_ = reserve(kMaxRows * c.intermediate_size * 4);
+    up_ = reserve(kMaxRows * c.intermediate_size * 4);
+    packed_ = reserve(kMaxRows * widest * 2);
+    packed_hidden_ = reserve(kMaxRows * widest * 2);
+    logits_ = reserve(kHeadRows * c.vocab_size * 4);
+    pick_ = reserve(2 * kHeadRows * 4);
+    const int64_t slabs = (c.vocab_size + kSlab - 1) / kSlab;
+    candidates_ = reserve(kHeadRows * slabs * kTopMost * static_cast<int64_t>(sizeof(Candidate)));
+    best_ = reserve(kHeadRows * kTopMost * 8);
+    const int64_t row = c.num_heads * most_splits(c) * (e + 2) * 4;
+    partial_ = reserve(std::max(row, std::min<int64_t>(64 << 20, row * kMaxRows)));
+    for (const auto& [base, scale] : {std::pair(c.rope_base, c.rope_scale), std::pair(c.rope_base_local, 1.0f)}) {
+      std::vector<float> f(E / 2);
+      for (int64_t i = 0; i < E / 2; ++i)
+        f[i] = static_cast<float>(std::pow(static_cast<double>(base), -2.0 * static_cast<double>(i) / static_cast<double>(E))) /
+               scale;
+      Memory& m = frequencies_[{base, scale}] = reserve(E * 2);
+      device_->upload(m.data(), f.data(), f.size() * sizeof(float));
+    }
+    device_->wait("upload of weights");
+    return kMaxRows;
+  }
+
+  std::unique_ptr<KvStore> new_kv(const Config& c, const KvShape& shape) override {
+    std::call_once(shaped_, [&] {
+      KvLayer l;
+      l.f32 = shape.f32;
+      l.groups = static_cast<int32_t>(c.num_kv_heads);
+      l.e = static_cast<int32_t>(round_up(c.head_dim, 16));
+      for (int64_t ring : shape.ring) l.ring = std::max(l.ring, static_cast<int32_t>(ring));
+      for (int64_t ring : shape.ring) {
+        l.is_ring = ring > 0;
+        kv_.push_back(l);
+        ++(ring > 0 ? l.rings_before : l.full_before);
+      }
+    });
+    device_->use();
+    const int64_t capacity = round_up(shape.capacity, kKeyBlock);
+    int64_t slots = 0;
+    for (const KvLayer& l : kv_) slots += slots_of(l, l.is_ring, capacity);
+    const int64_t bytes = 2 * slots * kv_[0].groups * kv_[0].e * (shape.f32 ? 4 : 2);
+    return std::make_unique<GpuKv>(device_, static_cast<size_t>(bytes), capacity);
+  }
+
+  // ---- a pass --------------------------------------------------------------------------------------------------------
+
+  void pass(const Rows& rows, const std::function<void()>& body) override {
+    device_->use();
+    std::vector<Row> r(rows.n);
+    int64_t last = 0;
+    bool decode = true;
+    for (const Span& s : rows.spans) {
+      const auto& kv = static_cast<const GpuKv&>(*s.kv);
+      decode &= s.count == 1;
+      last = std::max(last, s.position + s.count - 1);
+      for (int64_t i = 0; i < s.count; ++i)
+        r[s.row + i] = {kv.data(), static_cast<int32_t>(kv.capacity), rows.tokens[s.row + i],
+                        static_cast<int32_t>(s.position + i), 0};
+    }
+    device_->upload(rows_.data(), r.data(), r.size() * sizeof(Row));
+    decode_ = decode;
+    exact_ = deterministic_ || decode || rows.n <= kRowsALaunch;
+    splits_ = 1;
+    while (splits_ < last / kSplit + 1) splits_ *= 2;
+    if (!decode) {
+      body();
+      return;
+    }
+    // A graph for so many rows and key blocks; where its rows stand is read from rows_.
+    auto& graph = graphs_[{rows.n, splits_}];
+    if (!graph) {
+      if (graphs_.size() > 64) {
+        graphs_.clear();
+        return pass(rows, body);
+      }
+      graph = device_->record(body);
+    }
+    device_->replay(*graph);
+  }
+
+  void embed(const Matrix& table, const Rows& rows, float scale, Buffer& x) override {
+    const GpuMatrix& m = gpu_matrix(table);
+    gpu::embed(*device_, m.type, m.planes, row_data(), count(rows.n), count(m.cols), scale, x.data);
+  }
+
+  void qkv(const Config& c, const LayerWeights& w, const Rows& rows, const Buffer& x, Buffer& q) override {
+    const int64_t E = c.head_dim, stride = (c.num_heads + 2 * c.num_kv_heads) * E;
+    float* out = qkv_.floats();
+    product({{&gpu_matrix(*w.q), out, stride},
+             {&gpu_matrix(*w.k), out + c.num_heads * E, stride},
+             {&gpu_matrix(*w.v), out + (c.num_heads + c.num_kv_heads) * E, stride}},
+            x.data, nullptr, w.attn_norm->data, c.rms_norm_eps, rows.n, After::store, exact_);
+    RopeArgs a;
+    a.rows = row_data();
+    a.qkv = out;
+    a.q = q.data;
+    a.q_norm = w.q_norm ? w.q_norm->data : nullptr;
+    a.k_norm = w.k_norm ? w.k_norm->data : nullptr;
+    a.frequency = frequencies_.at({w.rope_base, w.rope_scale}).floats();
+    a.kv = kv_[w.index];
+    a.n = count(rows.n);
+    a.H = count(c.num_heads);
+    a.G = count(c.num_kv_heads);
+    a.E = count(E);
+    a.eps = c.rms_norm_eps;
+    a.query_scale = c.query_scale;
+    rope_and_store(*device_, a);
+  }
+
+  void attention(const Config& c, const LayerWeights& w, const Rows& rows, const Buffer& q, Buffer& out) override {
+    AttentionArgs a;
+    a.kv = kv_[w.index];
+    a.H = count(c.num_heads);
+    a.E = count(c.head_dim);
+    a.window = count(std::min<int64_t>(w.window, std::numeric_limits<int32_t>::max()));
+    a.cap = c.attn_softcap;
+    a.splits = count(w.window ? std::min<int64_t>(splits_, w.window / kSplit + 2) : splits_);
+    a.partial = partial_.floats();
+    const int64_t a_row = a.H * static_cast<int64_t>(a.splits) * (a.kv.e + 2) * 4;
+    const int64_t many = std::max<int64_t>(1, static_cast<int64_t>(partial_.bytes()) / a_row);
+    for (int64_t r = 0; r < rows.n; r += many) {
+      a.rows = row_data() + r;
+      a.q = q.data + r * a.H * a.E;
+      a.out = out.data + r * a.H * a.E;
+      a.n = count(std::min(many, rows.n - r));
+      attend(*device_, a);
+    }
+  }
+
+  void project_add(const Config& c, const LayerWeights& w, const Rows& rows, const Buffer& attended,
+                   Buffer& x) override {
+    add_product(c, gpu_matrix(*w.o), w.post_attn_norm.get(), rows.n, attended.data, x);
+  }
+
+  void feed_forward(const Config& c, const LayerWeights& w, const Rows& rows, Buffer& x) override {
+    const GpuMatrix &gate = gpu_matrix(*w.gate), &up = gpu_matrix(*w.up), &down = gpu_matrix(*w.down);
+    const int64_t F = c.intermediate_size, n = rows.n, k = round_up(F, 32);
+    if (exact_ && gate.type == up.type) {
+      product({{&gate, gate_.floats(), F}, {&up, nullptr, F}}, x.data, nullptr, w.ffn_norm->data, c.rms_norm_eps, n,
+              After::geglu, true);
+    } else {
+      product({{&gate, gate_.floats(), F}, {&up, up_.floats(), F}}, x.data, nullptr, w.ffn_norm->data, c.rms_norm_eps,
+              n, After::store, exact_);
+      geglu(*device_, gate_.floats(), up_.floats(), count(n), count(F), gate_.floats(), count(k),
+            exact_ ? nullptr : packed_hidden());
+    }
+    add_product(c, down, w.post_ffn_norm.get(), n, gate_.floats(), x, exact_ ? nullptr : packed_hidden());
+  }
+
+  // ---- results -------------------------------------------------------------------------------------------------------
+
+  void logits(const Config& c, const Buffer& norm, const Matrix& head, const Buffer& x,
+              const std::vector<int64_t>& pick, float* out) override {
+    for_head_rows(c, norm, head, x, pick, [&](int64_t first, int64_t n) {
+      device_->download(out + first * c.vocab_size, logits_.data(), static_cast<size_t>(n * c.vocab_size) * 4);
+    });
+  }
+
+  void logprobs(const Config& c, const Buffer& norm, const Matrix& head, const Buffer& x,
+                const std::vector<int64_t>& pick, const std::vector<int32_t>& target, float* out) override {
+    for_head_rows(c, norm, head, x, pick, [&](int64_t first, int64_t n) {
+      auto* targets = reinterpret_cast<int32_t*>(pick_.data()) + kHeadRows;
+      device_->upload(targets, target.data() + first, static_cast<size_t>(n) * 4);
+      log_softmax_at(*device_, logits_.floats(), count(n), count(c.vocab_size), targets, candidates_.floats(),
+                     best_.floats());
+      device_->download(out + first, best_.data(), static_cast<size_t>(n) * 4);
+    });
+  }
+
+  void top_k(const Config& c, const Buffer& norm, const Matrix& head, const Buffer& x, const std::vector<int64_t>& pick,
+             int64_t k, int32_t* ids, float* values) override {
+    for_head_rows(c, norm, head, x, pick, [&](int64_t first, int64_t n) {
+      if (k > kTopMost) {
+        std::vector<float> all(static_cast<size_t>(n * c.vocab_size));
+        device_->download(all.data(), logits_.data(), all.size() * 4);
+        for (int64_t i = 0; i < n; ++i)
+          best_of(all.data() + i * c.vocab_size, c.vocab_size, k, ids + (first + i) * k, values + (first + i) * k);
+        return;
+      }
+      auto* best_ids = reinterpret_cast<int32_t*>(best_.data());
+      float* best_values = best_.floats() + kHeadRows * kTopMost;
+      gpu::top_k(*device_, logits_.floats(), count(n), count(c.vocab_size), count(k),
+                 reinterpret_cast<Candidate*>(candidates_.data()), best_ids, best_values);
+      device_->download(ids + first * k, best_ids, static_cast<size_t>(n * k) * 4);
+      device_->download(values + first * k, best_values, static_cast<size_t>(n * k) * 4);
+    });
+  }
+
+ private:
+  static int count(int64_t n) { return static_cast<int>(n); }
+  static int64_t most_splits(const Config& c) {
+    int64_t s = 1;
+    while (s * kSplit < c.context_length) s *= 2;
+    return s;
+  }
+  Memory reserve(int64_t bytes) { return Memory(device_, static_cast<size_t>(bytes), "activations"); }
+  const Row* row_data() const { return reinterpret_cast<const Row*>(rows_.data()); }
+  uint16_t* packed() { return reinterpret_cast<uint16_t*>(packed_.data()); }
+  uint16_t* packed_hidden() { return reinterpret_cast<uint16_t*>(packed_hidden_.data()); }
+
+  // W norm(x) for matrices that share x[n, cols]. `exact`: by the decode kernels; else on the tensor cores, where `packed` may be x
+  // as bf16 already. geglu: targets are gate and up, results go to the first.
+  void product(const std::vector<Target>& targets, const float* x, const int32_t* pick, const float* norm, float eps,
+               int64_t n, After after, bool exact, const uint16_t* packed_x = nullptr) {
+    const int64_t cols = targets[0].w->cols;
+    if (!exact) {
+      const int64_t k = round_up(cols, 32);
+      if (!packed_x) {
+        to_bf16(*device_, x, pick, norm, eps, count(n), count(cols), count(k), packed());
+        packed_x = packed();
+      }
+      for (const Target& t : targets) {
+        MatmulArgs a;
+        a.w = t.w->planes;
+        a.x = packed_x;
+        a.m = count(n);
+        a.k = count(k);
+        a.out = t.out;
+        a.stride = t.stride;
+        a.add = after == After::add;
+        matmul(*device_, t.w->type, a);
+      }
+      return;
+    }
+    for (size_t i = 0; i < targets.size();) {
+      MatvecArgs a;
+      a.count = 0;
+      a.after = after;
+      a.x = x;
+      a.x_stride = cols;
+      a.pick = pick;
+      a.n = count(n);
+      a.cols = count(cols);
+      a.norm = norm;
+      a.eps = eps;
+      const DType type = targets[i].w->type;
+      for (; i < targets.size() && targets[i].w->type == type; ++i)
+        a.parts[a.count++] = {targets[i].w->planes, targets[i].out, targets[i].stride};
+      matvec(*device_, type, a);
+    }
+  }
+
+  // x += post_norm(W in)
+  void add_product(const Config& c, const GpuMatrix& w, const Buffer* post_norm, int64_t n, const float* in, Buffer& x,
+                   const uint16_t* packed_in = nullptr) {
+    const int64_t d = c.hidden_size;
+    product({{&w, post_norm ? y_.floats() : x.data, d}}, in, nullptr, nullptr, 0, n,
+            post_norm ? After::store : After::add, exact_, packed_in);
+    if (post_norm) norm_and_add(*device_, y_.floats(), post_norm->data, c.rms_norm_eps, count(n), count(d), x.data);
+  }
+
+  // Logits of the picked rows in logits_, kHeadRows at a time; f(first, n) takes them.
+  template <class F>
+  void for_head_rows(const Config& c, const Buffer& norm, const Matrix& head, const Buffer& x,
+                     const std::vector<int64_t>& pick, F&& f) {
+    device_->use();
+    const int64_t m = static_cast<int64_t>(pick.size());
+    const bool exact = deterministic_ || decode_ || m <= kRowsALaunch;
+    for (int64_t first = 0; first < m; first += kHeadRows) {
+      const int64_t n = std::min<int64_t>(kHeadRows, m - first);
+      std::vector<int32_t> rows(pick.begin() + first, pick.begin() + first + n);
+      auto* device_rows = reinterpret_cast<int32_t*>(pick_.data());
+      device_->upload(device_rows, rows.data(), rows.size() * 4);
+      product({{&gpu_matrix(head), logits_.floats(), c.vocab_size}}, x.data, device_rows, norm.data, c.rms_norm_eps, n,
+              After::store, exact);
+      if (c.final_softcap > 0) softcap(*device_, logits_.floats(), n * c.vocab_size, c.final_softcap);
+      f(first, n);
+    }
+  }
+
+  static void best_of(const float* x, int64_t n, int64_t k, int32_t* ids, float* values) {
+    std::vector<int32_t> order(n);
+    for (int64_t i = 0; i < n; ++i) order[i] = static_cast<int32_t>(i);
+    auto key = [&](int32_t i) { return std::isnan(x[i]) ? -std::numeric_limits<float>::infinity() : x[i]; };
+    std::partial_sort(order.begin(), order.begin() + k, order.end(), [&](int32_t a, int32_t b) {
+      return key(a) > key(b) || (key(a) == key(b) && a < b);
+    });
+    for (int64_t i = 0; i < k; ++i) {
+      ids[i] = order[i];
+      values[i] = x[order[i]];
+    }
+  }
+
+  std::shared_ptr<Device> device_;
+  const bool deterministic_;
+  int64_t widest_ = 0;
+  std::once_flag shaped_;
+  std::vector<KvLayer> kv_;  // a layer each
+  Memory rows_, tiles_, qkv_, y_, gate_, up_, packed_, packed_hidden_, logits_, pick_, candidates_, best_, partial_;
+  std::map<std::pair<float, float>, Memory> frequencies_;  // by base and scale
+  // Of the pass that runs.
+  bool decode_ = false, exact_ = true;
+  int64_t splits_ = 1;
+  std::map<std::pair<int64_t, int64_t>, std::unique_ptr<Graph>> graphs_;  // by rows and splits
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> make_backend(int index, bool deterministic) {
+  return std::make_unique<CudaBackend>(index, deterministic);
+}
+
+}  // namespace gemma::gpu
+
+namespace gemma {
+
+#if defined(__CUDACC__)
+std::string cuda_status() { return gpu::status(); }
+std::unique_ptr<Backend> make_cuda_backend(int device, bool deterministic) {
+  return gpu::make_backend(device, deterministic);
+}
+#else
+std::unique_ptr<Backend> make_emulated_cuda_backend(bool deterministic) { return gpu::make_backend(0, deterministic); }
+#endif
+
+}  // namespace gemma

@@ -1,0 +1,169 @@
+// What the backend asks of the kernels: arguments, and the functions that launch them. Letters as in backend.h; lower-case e is a head's
+// size in the cache, E rounded up to 16.
+#pragma once
+
+#include "../backend.h"
+#include "runtime.h"
+#include "weights.h"
+
+namespace gemma::gpu {
+
+constexpr int kSplit = 64;       // keys a block of decode attention: from absolute multiples of this
+constexpr int kRowsALaunch = 8;  // activation rows that one pass over the weights serves in `matvec`
+constexpr int kHeadRows = 64;    // rows of logits at a time
+constexpr int kSlab = 4096;      // logits a block
+constexpr int kTopMost = 64;     // the largest k of `top_k`
+static_assert(kSplit == kKeyBlock, "rings hold whole blocks");
+
+// What kernels know of a row of the pass; in device memory, so that a graph can be replayed at other positions.
+struct Row {
+  uint8_t* kv;       // the sequence's keys and values
+  int32_t capacity;  // positions, a multiple of kKeyBlock
+  int32_t token, position, pad;
+};
+
+// Where a layer's keys and values lie in a sequence's memory: layers in turn, each K [G][slots][e] and V [G][slots][e].
+struct KvLayer {
+  int32_t full_before = 0, rings_before = 0;  // layers before this one with a slot for every position, and with a ring
+  int32_t ring = 0;                           // positions of a ring; all rings are alike. 0: the model has none
+  bool is_ring = false;
+  bool f32 = false;
+  int32_t groups = 0, e = 0;
+};
+
+GEMMA_HOST_DEVICE int64_t slots_of(const KvLayer& l, bool ring, int64_t capacity) {
+  return ring && l.ring < capacity ? l.ring : capacity;
+}
+GEMMA_HOST_DEVICE uint8_t* kv_at(const KvLayer& l, const Row& r, bool values, int group, int64_t position) {
+  const int64_t slots = slots_of(l, l.is_ring, r.capacity);
+  const int64_t before = 2 * l.groups * (l.full_before * static_cast<int64_t>(r.capacity) +
+                                         l.rings_before * slots_of(l, true, r.capacity));
+  const int64_t at = before + (values * l.groups + group) * slots + position % slots;
+  return r.kv + at * l.e * (l.f32 ? 4 : 2);
+}
+
+// ---- matvec.cu ----
+
+struct Part {
+  Planes w;
+  float* out = nullptr;
+  int64_t stride = 0;  // floats between rows of out
+};
+
+enum class After { store, add, softcap, geglu };
+
+struct MatvecArgs {
+  Part parts[3];  // of one type; their rows follow each other. geglu: gate and up, to parts[0].out
+  int count = 1;
+  After after = After::store;
+  float cap = 0;
+  const float* x = nullptr;  // [.., cols], stride x_stride
+  int64_t x_stride = 0;
+  const int32_t* pick = nullptr;  // rows of x; null: the first n
+  int n = 0, cols = 0;
+  const float* norm = nullptr;  // x is normed by it first; null: taken as it is
+  float eps = 0;
+};
+void matvec(Device& d, DType type, const MatvecArgs& a);
+
+// ---- matmul.cu ----
+
+struct MatmulArgs {
+  Planes w;
+  const uint16_t* x = nullptr;  // bf16 [m][k], k a multiple of 32, zeros behind `cols`
+  int m = 0, k = 0;
+  float* out = nullptr;
+  int64_t stride = 0;
+  bool add = false;
+};
+void matmul(Device& d, DType type, const MatmulArgs& a);
+
+// ---- pointwise.cu ----
+
+void embed(Device& d, DType type, const Planes& table, const Row* rows, int n, int cols, float scale, float* x);
+struct RopeArgs {
+  const Row* rows = nullptr;
+  const float* qkv = nullptr;  // [n][H + 2 G][E]
+  float* q = nullptr;          // [n][H][E]
+  const float *q_norm = nullptr, *k_norm = nullptr, *frequency = nullptr;
+  KvLayer kv;
+  int n = 0, H = 0, G = 0, E = 0;
+  float eps = 0, query_scale = 1;
+};
+void rope_and_store(Device& d, const RopeArgs& a);
+// x[n][cols] += y scaled to a root mean square of 1, times weight
+void norm_and_add(Device& d, const float* y, const float* weight, float eps, int n, int cols, float* x);
+// out[n][k] = bf16 of rows of x, normed where norm is given; zeros from cols to k
+void to_bf16(Device& d, const float* x, const int32_t* pick, const float* norm, float eps, int n, int cols, int k,
+             uint16_t* out);
+// out = gelu(gate) * up: float32 [n][cols], or bf16 [n][k] where out16 is given
+void geglu(Device& d, const float* gate, const float* up, int n, int cols, float* out, int k, uint16_t* out16);
+void softcap(Device& d, float* x, int64_t n, float cap);
+
+// ---- attention.cu ----
+
+struct AttentionArgs {
+  const Row* rows = nullptr;
+  const float* q = nullptr;  // [n][H][E]
+  float* out = nullptr;      // [n][H][E]
+  float* partial = nullptr;  // [n][H][splits][e + 2]
+  KvLayer kv;
+  int n = 0, H = 0, E = 0;
+  int window = 0;
+  int splits = 0;  // blocks a row: at least as many as any row needs
+  float cap = 0;
+};
+void attend(Device& d, const AttentionArgs& a);
+
+// ---- flash.cu ----
+
+struct Tile {
+  int32_t row, count;  // rows of the pass, of one sequence
+};
+struct FlashArgs {
+  AttentionArgs a;
+  const Tile* tiles = nullptr;
+  int tile_count = 0;
+};
+bool flash_supports(const KvLayer& kv);
+int flash_tile_rows(int heads_a_group);  // tokens a tile
+void flash(Device& d, const FlashArgs& f);
+
+// ---- sampling.cu ----
+
+struct Candidate {
+  float key;
+  int32_t id;
+};
+// The k best of each row of logits[n][vocab], k <= kTopMost. scratch: n * slabs * k candidates.
+void top_k(Device& d, const float* logits, int n, int vocab, int k, Candidate* scratch, int32_t* ids, float* values);
+// out[i] = log softmax(logits[i])[target[i]]; scratch: n * slabs * 2 floats
+void log_softmax_at(Device& d, const float* logits, int n, int vocab, const int32_t* target, float* scratch, float* out);
+
+// ---- shared by kernels ----
+
+constexpr int kBlockThreads = 256;
+
+// The sum over a block of kBlockThreads threads, in one order; `scratch`: 9 floats of shared memory. Starts and ends with a barrier.
+GEMMA_DEVICE float block_sum(float x, float* scratch) {
+  x = warp_sum(x);
+  sync_block();
+  if (lane() == 0) scratch[warp()] = x;
+  sync_block();
+  float sum = 0;
+  for (int i = 0; i < kBlockThreads / 32; ++i) sum += scratch[i];
+  sync_block();
+  return sum;
+}
+// 1 / root mean square of x[n], by a block.
+GEMMA_DEVICE float inverse_rms(const float* x, int n, float eps, float* scratch) {
+  float s = 0;
+  for (int i = thread_x(); i < n; i += kBlockThreads) s = multiply_add(x[i], x[i], s);
+  return 1.0f / sqrtf(block_sum(s, scratch) / static_cast<float>(n) + eps);
+}
+GEMMA_DEVICE float gelu(float x) {
+  return 0.5f * x * (1.0f + tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x)));
+}
+GEMMA_DEVICE float capped(float x, float cap) { return cap > 0 ? cap * tanhf(x / cap) : x; }
+
+}  // namespace gemma::gpu

@@ -1,0 +1,152 @@
+// What stands between products: look-ups, norms, rotations, activations.
+#include "kernels.h"
+
+namespace gemma::gpu {
+
+namespace {
+
+// x[n, cols] = table[token] * scale. Bytes: n rows of the table, n rows of x. Layout: a block a row, a thread a piece.
+template <DType T>
+GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4) embed_kernel(Planes table, const Row* rows, int cols, float scale, float* x) {
+  constexpr int kValues = piece_values(T);
+  const int64_t token = rows[block_x()].token;
+  float* out = x + static_cast<int64_t>(block_x()) * cols;
+  for (int p = thread_x(); p < table.pieces; p += kBlockThreads) {
+    const Piece<T> piece = load_piece<T>(table, token, p);
+    GEMMA_UNROLL
+    for (int part = 0; part < kValues / 8; ++part) {
+      float v[8];
+      eight_scaled<T>(piece, part, v);
+      GEMMA_UNROLL
+      for (int i = 0; i < 8; ++i) {
+        const int at = p * kValues + part * 8 + i;
+        if (at < cols) out[at] = v[i] * scale;
+      }
+    }
+  }
+}
+
+// One head of one row: norm, rotation and scale of q to q_out; norm and rotation of k, and v as it is, to the cache.
+// Bytes: each value once. Layout: a warp a head (block), a lane every 32nd pair of dimensions i, i + E/2.
+GEMMA_KERNEL GEMMA_BOUNDS(32, 16) rope_kernel(RopeArgs a) {
+  const int head = block_x(), half = a.E / 2;
+  const int64_t n = block_y();
+  const Row row = a.rows[n];
+  const float* x = a.qkv + (n * (a.H + 2 * a.G) + head) * a.E;
+  const bool is_q = head < a.H, is_v = head >= a.H + a.G;
+  const int group = is_v ? head - a.H - a.G : head - a.H;
+  const float* norm = is_q ? a.q_norm : is_v ? nullptr : a.k_norm;
+  float scale = 1;
+  if (norm) {
+    float s = 0;
+    for (int i = lane(); i < a.E; i += 32) s = multiply_add(x[i], x[i], s);
+    scale = 1.0f / sqrtf(warp_sum(s) / static_cast<float>(a.E) + a.eps);
+  }
+  uint8_t* cache = is_q ? nullptr : kv_at(a.kv, row, is_v, group, row.position);
+  auto put = [&](int i, float v) {
+    if (is_q)
+      a.q[(n * a.H + head) * a.E + i] = v * a.query_scale;
+    else if (a.kv.f32)
+      reinterpret_cast<float*>(cache)[i] = v;
+    else
+      reinterpret_cast<uint16_t*>(cache)[i] = bf16_of(v);
+  };
+  for (int i = lane(); i < half; i += 32) {
+    float u = x[i], v = x[i + half];
+    if (norm) {
+      u = u * scale * norm[i];
+      v = v * scale * norm[i + half];
+    }
+    if (!is_v) {
+      const float angle = static_cast<float>(row.position) * a.frequency[i];
+      const float c = cosf(angle), s = sinf(angle), w = u * c - v * s;
+      v = v * c + u * s;
+      u = w;
+    }
+    put(i, u);
+    put(i + half, v);
+  }
+  if (!is_q)
+    for (int i = a.E + lane(); i < a.kv.e; i += 32) put(i, 0);
+}
+
+// x[n, cols] += norm(y). Bytes: x twice, y twice. Layout: a block a row.
+GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4)
+norm_add_kernel(const float* y, const float* weight, float eps, int cols, float* x) {
+  GEMMA_SHARED(float, scratch, 9);
+  y += static_cast<int64_t>(block_x()) * cols;
+  x += static_cast<int64_t>(block_x()) * cols;
+  const float s = inverse_rms(y, cols, eps, scratch);
+  for (int i = thread_x(); i < cols; i += kBlockThreads) x[i] += y[i] * s * weight[i];
+}
+
+// out[n, k] = bf16(norm(x)). Bytes: x twice at most, out once. Layout: a block a row.
+GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4)
+to_bf16_kernel(const float* x, const int32_t* pick, const float* norm, float eps, int cols, int k, uint16_t* out) {
+  GEMMA_SHARED(float, scratch, 9);
+  const int64_t row = block_x();
+  x += (pick ? pick[row] : row) * cols;
+  const float s = norm ? inverse_rms(x, cols, eps, scratch) : 1.0f;
+  for (int i = thread_x(); i < k; i += kBlockThreads)
+    out[row * k + i] = i < cols ? bf16_of(norm ? x[i] * s * norm[i] : x[i]) : 0;
+}
+
+// out = gelu(gate) * up. Bytes: each once. Layout: blocks along a row, a thread a value.
+GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4)
+geglu_kernel(const float* gate, const float* up, int cols, float* out, int k, uint16_t* out16) {
+  const int64_t row = block_y();
+  const int i = block_x() * kBlockThreads + thread_x();
+  if (out16) {
+    if (i < k) out16[row * k + i] = i < cols ? bf16_of(gelu(gate[row * cols + i]) * up[row * cols + i]) : 0;
+  } else if (i < cols) {
+    out[row * cols + i] = gelu(gate[row * cols + i]) * up[row * cols + i];
+  }
+}
+
+// x = cap tanh(x / cap). Bytes: x in and out. Layout: a thread a value.
+GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4) softcap_kernel(float* x, int64_t n, float cap) {
+  const int64_t i = static_cast<int64_t>(block_x()) * kBlockThreads + thread_x();
+  if (i < n) x[i] = capped(x[i], cap);
+}
+
+struct Embed {
+  Device& d;
+  const Planes& table;
+  const Row* rows;
+  int n, cols;
+  float scale;
+  float* x;
+  template <DType T>
+  void run() const {
+    d.launch("embed", embed_kernel<T>, {n}, kBlockThreads, 0, table, rows, cols, scale, x);
+  }
+};
+
+int blocks_for(int64_t n) { return static_cast<int>((n + kBlockThreads - 1) / kBlockThreads); }
+
+}  // namespace
+
+void embed(Device& d, DType type, const Planes& table, const Row* rows, int n, int cols, float scale, float* x) {
+  with_type(type, Embed{d, table, rows, n, cols, scale, x});
+}
+
+void rope_and_store(Device& d, const RopeArgs& a) { d.launch("rope", rope_kernel, {a.H + 2 * a.G, a.n}, 32, 0, a); }
+
+void norm_and_add(Device& d, const float* y, const float* weight, float eps, int n, int cols, float* x) {
+  d.launch("norm_add", norm_add_kernel, {n}, kBlockThreads, 0, y, weight, eps, cols, x);
+}
+
+void to_bf16(Device& d, const float* x, const int32_t* pick, const float* norm, float eps, int n, int cols, int k,
+             uint16_t* out) {
+  d.launch("to_bf16", to_bf16_kernel, {n}, kBlockThreads, 0, x, pick, norm, eps, cols, k, out);
+}
+
+void geglu(Device& d, const float* gate, const float* up, int n, int cols, float* out, int k, uint16_t* out16) {
+  d.launch("geglu", geglu_kernel, {blocks_for(out16 ? k : cols), n}, kBlockThreads, 0, gate, up, cols, out, k, out16);
+}
+
+void softcap(Device& d, float* x, int64_t n, float cap) {
+  d.launch("softcap", softcap_kernel, {blocks_for(n)}, kBlockThreads, 0, x, n, cap);
+}
+
+}  // namespace gemma::gpu

@@ -1,0 +1,143 @@
+// The host's side of a device: memory, copies, launches and graphs on one stream, and errors as exceptions. The emulated device does
+// everything at once on the calling thread.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "device.h"
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+#endif
+
+namespace gemma::gpu {
+
+struct Dim {
+  int x = 1, y = 1, z = 1;
+};
+
+// Becomes MemoryError in Python.
+class OutOfMemory : public std::bad_alloc {
+ public:
+  explicit OutOfMemory(std::string text) : text_(std::make_shared<std::string>(std::move(text))) {}
+  const char* what() const noexcept override { return text_->c_str(); }
+
+ private:
+  std::shared_ptr<std::string> text_;
+};
+
+#if defined(__CUDACC__)
+inline void check(cudaError_t e, const char* operation) {
+  if (e != cudaSuccess)
+    throw std::runtime_error("CUDA: " + std::string(operation) + ": " + cudaGetErrorString(e) + " (" +
+                             cudaGetErrorName(e) + ")");
+}
+#endif
+
+class Graph;
+
+class Device {
+ public:
+  explicit Device(int index);
+  ~Device();
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+
+  const std::string& name() const { return name_; }
+  // Makes it the calling thread's device; before anything else of an entry point.
+  void use() const;
+  void* allocate(size_t bytes, const char* what);  // throws OutOfMemory
+  void release(void* p) noexcept;
+  // The host's memory may be changed when these return.
+  void upload(void* to, const void* from, size_t bytes);
+  void download(void* to, const void* from, size_t bytes);
+  void copy(void* to, const void* from, size_t bytes);
+  void zero(void* to, size_t bytes);
+  void wait(const char* operation);
+
+  // Launches of `body` become a graph; nothing runs. Returns null when the device cannot.
+  std::unique_ptr<Graph> record(const std::function<void()>& body);
+  void replay(const Graph& g);
+
+  template <class... P, class... A>
+  void launch(const char* name, void (*kernel)(P...), Dim grid, int threads, size_t shared, A... args) {
+#if defined(__CUDACC__)
+    if (shared > (48u << 10))
+      check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(shared)),
+            name);
+    kernel<<<dim3(grid.x, grid.y, grid.z), threads, shared, stream_>>>(static_cast<P>(args)...);
+    check(cudaGetLastError(), name);
+#else
+    auto run = [=] {
+      emulator::launch(name, {grid.x, grid.y, grid.z}, threads, shared, [=] { kernel(args...); });
+    };
+    if (recording_)
+      recording_->push_back(run);
+    else
+      run();
+#endif
+  }
+
+ private:
+  std::string name_;
+  int index_ = 0;
+#if defined(__CUDACC__)
+  cudaStream_t stream_ = nullptr;
+#else
+  std::vector<std::function<void()>>* recording_ = nullptr;
+#endif
+};
+
+class Graph {
+ public:
+#if defined(__CUDACC__)
+  ~Graph() {
+    if (exec) cudaGraphExecDestroy(exec);
+  }
+  cudaGraphExec_t exec = nullptr;
+#else
+  std::vector<std::function<void()>> launches;
+#endif
+};
+
+// Device memory that frees itself.
+class Memory {
+ public:
+  Memory() = default;
+  Memory(std::shared_ptr<Device> device, size_t bytes, const char* what)
+      : device_(std::move(device)), data_(device_->allocate(bytes, what)), bytes_(bytes) {}
+  Memory(Memory&& o) noexcept { swap(o); }
+  Memory& operator=(Memory&& o) noexcept {
+    Memory m(std::move(o));
+    swap(m);
+    return *this;
+  }
+  ~Memory() {
+    if (data_) device_->release(data_);
+  }
+  uint8_t* data() const { return static_cast<uint8_t*>(data_); }
+  float* floats() const { return static_cast<float*>(data_); }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  void swap(Memory& o) noexcept {
+    std::swap(device_, o.device_);
+    std::swap(data_, o.data_);
+    std::swap(bytes_, o.bytes_);
+  }
+  std::shared_ptr<Device> device_;
+  void* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+// "" when device 0 can be used, else why not.
+std::string status();
+
+}  // namespace gemma::gpu

@@ -1,0 +1,160 @@
+// Weight matrices as the GPU reads them, and what their bits mean. Values are those of the file, never quantised again.
+//
+// A matrix is a few planes, each [rows][pieces]: a lane of a warp reads piece b of a row, the next lane piece b + 1, so that every
+// plane is read in contiguous 16-byte loads (scales and high bits in smaller ones, as contiguous). Pieces by type:
+//   BF16        8 values, 16 bytes; the last piece of a row is padded with zeros
+//   others      32 values:
+//     low       16 bytes: byte i holds the low nibbles of values i and i + 16; Q8_0: values 0 to 15, each + 128
+//     more      Q8_0: values 16 to 31, each + 128
+//     high      Q5: 4 bytes, bit i = bit 4 of value i; Q6_K: 8 bytes, bits 2i, 2i + 1 = bits 4, 5 of value i
+//     scales    Q8_0 Q4_0 Q5_0: half d; Q4_1 Q5_1: halves d, m; Q6_K: int8 of each half of the piece
+//               Q4_K Q5_K, for every 8 pieces: the file's 16 bytes: halves d, dmin, eight 6-bit scales and offsets
+//     super     Q6_K, for every 8 pieces: half d
+// The planes of a tensor together are as large as in its file, up to 256 bytes of alignment a plane.
+#pragma once
+
+#include "../tensor.h"
+#include "device.h"
+
+namespace gemma::gpu {
+
+struct Planes {
+  const uint8_t *low = nullptr, *more = nullptr, *high = nullptr, *scales = nullptr, *super = nullptr;
+  int64_t rows = 0, pieces = 0;  // pieces a row
+};
+
+GEMMA_HOST_DEVICE constexpr int piece_values(DType t) { return t == DType::BF16 ? 8 : 32; }
+GEMMA_HOST_DEVICE constexpr int value_offset(DType t) {
+  return t == DType::Q8_0 ? 128 : t == DType::Q4_0 ? 8 : t == DType::Q5_0 ? 16 : t == DType::Q6_K ? 32 : 0;
+}
+GEMMA_HOST_DEVICE constexpr bool has_minimum(DType t) {
+  return t == DType::Q4_1 || t == DType::Q5_1 || t == DType::Q4_K || t == DType::Q5_K;
+}
+GEMMA_HOST_DEVICE constexpr int high_bytes(DType t) {
+  return t == DType::Q5_0 || t == DType::Q5_1 || t == DType::Q5_K ? 4 : t == DType::Q6_K ? 8 : 0;
+}
+
+// One piece in registers. value i = scale * (bits - offset) + minimum, with `second` the scale of values 16 to 31.
+template <DType T>
+struct Piece {
+  Word4 low, more;
+  Word2 high;
+  float scale, second, minimum;
+};
+
+template <DType T>
+GEMMA_DEVICE Piece<T> load_piece(const Planes& p, int64_t row, int64_t piece) {
+  Piece<T> r;
+  const int64_t at = row * p.pieces + piece;
+  r.low = load_stream(p.low + at * 16);
+  r.scale = r.second = 1;
+  r.minimum = 0;
+  if constexpr (T == DType::BF16) return r;
+  if constexpr (T == DType::Q8_0) r.more = load_stream(p.more + at * 16);
+  if constexpr (high_bytes(T) == 4) r.high.x = *reinterpret_cast<const uint32_t*>(p.high + at * 4);
+  if constexpr (high_bytes(T) == 8) r.high = *reinterpret_cast<const Word2*>(p.high + at * 8);
+  if constexpr (T == DType::Q8_0 || T == DType::Q4_0 || T == DType::Q5_0)
+    r.scale = r.second = float_of_half(*reinterpret_cast<const uint16_t*>(p.scales + at * 2));
+  if constexpr (T == DType::Q4_1 || T == DType::Q5_1) {
+    const uint32_t dm = *reinterpret_cast<const uint32_t*>(p.scales + at * 4);
+    r.scale = r.second = float_of_half(static_cast<uint16_t>(dm));
+    r.minimum = float_of_half(static_cast<uint16_t>(dm >> 16));
+  }
+  if constexpr (T == DType::Q4_K || T == DType::Q5_K) {
+    // Eight lanes share these 16 bytes.
+    const Word4 h = *reinterpret_cast<const Word4*>(p.scales + (row * (p.pieces / 8) + piece / 8) * 16);
+    const int j = static_cast<int>(piece % 8), b = j % 4 * 8;
+    const uint32_t first = h.y >> b, second = h.z >> b, third = h.w >> b;
+    const uint32_t sc = j < 4 ? first & 63 : (third & 15) | (first >> 6 & 3) << 4;
+    const uint32_t mn = j < 4 ? second & 63 : (third >> 4 & 15) | (second >> 6 & 3) << 4;
+    r.scale = r.second = float_of_half(static_cast<uint16_t>(h.x)) * static_cast<float>(sc);
+    r.minimum = -(float_of_half(static_cast<uint16_t>(h.x >> 16)) * static_cast<float>(mn));
+  }
+  if constexpr (T == DType::Q6_K) {
+    const uint32_t s = *reinterpret_cast<const uint16_t*>(p.scales + at * 2);
+    const float d = float_of_half(*reinterpret_cast<const uint16_t*>(p.super + (row * (p.pieces / 8) + piece / 8) * 2));
+    r.scale = d * static_cast<float>(static_cast<int8_t>(s & 255));
+    r.second = d * static_cast<float>(static_cast<int8_t>(s >> 8));
+  }
+  return r;
+}
+
+// Four bytes to floats, less the offset: 2^23 + byte needs no conversion, and the difference is exact.
+template <DType T>
+GEMMA_DEVICE void bytes_to_floats(uint32_t w, float* out) {
+  constexpr float bias = 8388608.0f + value_offset(T);
+  GEMMA_UNROLL
+  for (int i = 0; i < 4; ++i) out[i] = bits_float(byte_permute(w, 0x4b000000u, 0x7540u + i)) - bias;
+}
+
+// Values 8 part to 8 part + 7 of a piece before scale and minimum; BF16: the values.
+template <DType T>
+GEMMA_DEVICE void eight_values(const Piece<T>& p, int part, float* out) {
+  if constexpr (T == DType::BF16) {
+    const uint32_t w[4] = {p.low.x, p.low.y, p.low.z, p.low.w};
+    GEMMA_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      out[2 * i] = bits_float(w[i] << 16);
+      out[2 * i + 1] = bits_float(w[i] & 0xffff0000u);
+    }
+  } else if constexpr (T == DType::Q8_0) {
+    const Word4& h = part < 2 ? p.low : p.more;
+    bytes_to_floats<T>(part % 2 ? h.z : h.x, out);
+    bytes_to_floats<T>(part % 2 ? h.w : h.y, out + 4);
+  } else {
+    uint32_t a = part % 2 ? p.low.z : p.low.x, b = part % 2 ? p.low.w : p.low.y;
+    if (part >= 2) {
+      a >>= 4;
+      b >>= 4;
+    }
+    a &= 0x0f0f0f0fu;
+    b &= 0x0f0f0f0fu;
+    if constexpr (high_bytes(T) == 4) {
+      const uint32_t bits = p.high.x >> 8 * part;
+      a |= ((bits & 15) * 0x00204081u & 0x01010101u) << 4;
+      b |= ((bits >> 4 & 15) * 0x00204081u & 0x01010101u) << 4;
+    }
+    if constexpr (high_bytes(T) == 8) {
+      const uint32_t bits = (part < 2 ? p.high.x : p.high.y) >> 16 * (part % 2);
+      uint32_t u = bits & 255, v = bits >> 8 & 255;
+      u = (u | u << 12) & 0x000f000fu;
+      v = (v | v << 12) & 0x000f000fu;
+      a |= ((u | u << 6) & 0x03030303u) << 4;
+      b |= ((v | v << 6) & 0x03030303u) << 4;
+    }
+    bytes_to_floats<T>(a, out);
+    bytes_to_floats<T>(b, out + 4);
+  }
+}
+
+// The same, as values of the file.
+template <DType T>
+GEMMA_DEVICE void eight_scaled(const Piece<T>& p, int part, float* out) {
+  eight_values<T>(p, part, out);
+  if constexpr (T != DType::BF16) {
+    const float s = part < 2 ? p.scale : p.second;
+    GEMMA_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      out[i] = s * out[i];
+      if constexpr (has_minimum(T)) out[i] = out[i] + p.minimum;
+    }
+  }
+}
+
+// Calls f with the type as a template argument: f.template operator()<T>().
+template <class F>
+void with_type(DType t, F&& f) {
+  switch (t) {
+    case DType::Q8_0: return f.template run<DType::Q8_0>();
+    case DType::Q4_0: return f.template run<DType::Q4_0>();
+    case DType::Q4_1: return f.template run<DType::Q4_1>();
+    case DType::Q5_0: return f.template run<DType::Q5_0>();
+    case DType::Q5_1: return f.template run<DType::Q5_1>();
+    case DType::Q4_K: return f.template run<DType::Q4_K>();
+    case DType::Q5_K: return f.template run<DType::Q5_K>();
+    case DType::Q6_K: return f.template run<DType::Q6_K>();
+    default: return f.template run<DType::BF16>();
+  }
+}
+
+}  // namespace gemma::gpu
