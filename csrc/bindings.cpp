@@ -249,8 +249,10 @@ std::shared_ptr<PyModel> make_model(const py::object& config, const py::dict& te
   std::unique_ptr<Backend> backend;
   if (device == "cpu") {
     backend = make_cpu_backend(threads ? *threads : default_threads());
+#if defined(GEMMA_NATIVE_EMULATOR)
   } else if (device == "cuda-emulated") {
     backend = make_emulated_cuda_backend(deterministic);
+#endif
   } else {
     int index = 0;
     bool ok = device.rfind("cuda", 0) == 0 && (device.size() == 4 || device[4] == ':');

@@ -54,6 +54,7 @@ class Model:
         kv: Literal["bf16", "f32"] = "bf16",
         weights: Literal["auto", "bf16", "int8", "int4"] = "auto",
         consumed: Callable[[str, int, int], object] | None = None,
+        deterministic: bool = False,
     ) -> None: ...
     @property
     def config(self) -> Any: ...

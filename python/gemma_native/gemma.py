@@ -272,7 +272,7 @@ class Gemma:
 
         source: a directory (config.json, *.safetensors, tokenizer.model), a .gguf or packed .safetensors file, a Hugging Face
             Hub id, or "demo".
-        device: "auto" | "cpu" | "cuda" | "cuda:1". weights: "auto" (as stored) | "bf16" | "int8" | "int4".
+        device: "auto" (the first GPU that works, else the CPU) | "cpu" | "cuda" | "cuda:1". weights: "auto" (as stored) | "bf16" | "int8" | "int4".
         kv: the KV cache, "bf16" | "f32". threads: of the CPU; default: the physical cores that may be used.
         context: tokens a sequence may have, at most (and by default) what the model was made for.
         deterministic: on CUDA, the same bits for any split of a prompt; the CPU always keeps them.
@@ -280,7 +280,8 @@ class Gemma:
 
         Raises FileNotFoundError, FormatError, MissingDependency, ValueError (settings), MemoryError, RuntimeError (device).
         """
-        if device == "auto":
+        automatic = device == "auto"
+        if automatic:
             device = "cpu" if _native.cuda_status() else "cuda"
         arguments = {
             "device": device, "weights": weights, "kv": kv, "threads": threads, "context": context,
@@ -293,9 +294,22 @@ class Gemma:
                 raise TypeError(f"context must be an integer, not {context!r}")
             if context is not None and not 1 <= context <= config.context_length:
                 raise ValueError(f"context must be between 1 and {config.context_length} tokens, not {context}")
-            model = _native.Model(
-                config, checkpoint.tensors, device, threads, kv=kv, weights=weights, consumed=checkpoint.consumed
-            )
+
+            def build(device: str) -> _native.Model:
+                return _native.Model(
+                    config, checkpoint.tensors, device, threads, kv=kv, weights=weights,
+                    consumed=checkpoint.consumed, deterministic=deterministic,
+                )  # fmt: skip
+
+            try:
+                model = build(device)
+            except (MemoryError, RuntimeError) as e:
+                if not automatic or device == "cpu":
+                    raise
+                warnings.warn(f"the GPU cannot be used: {e}; the CPU is", stacklevel=2)
+                checkpoint.restart()
+                device = arguments["device"] = "cpu"
+                model = build(device)
             checkpoint.loaded()
             name = os.fspath(source)
             loaded_with = {"source": os.path.abspath(name) if os.path.exists(name) else name, **arguments}

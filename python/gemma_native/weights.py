@@ -67,6 +67,11 @@ class Checkpoint:
                 self._bar = tqdm(total=total, unit="B", unit_scale=True, desc="loading", leave=False, delay=0.5)
             self._bar.update(end - begin)
 
+    def restart(self) -> None:
+        """Loading begins again: progress does."""
+        self._end_bar()
+        self._done = 0
+
     def loaded(self) -> None:
         """The model is built: progress reaches its end (tensors that are used where they lie were never consumed)."""
         total = sum(len(data) for _, _, data in self.tensors.values())

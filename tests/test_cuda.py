@@ -1,0 +1,412 @@
+"""The CUDA backend: its kernels on the emulated device everywhere, and on a GPU where there is one.
+
+The emulated device (csrc/cuda/emulator.h) runs the threads of a block as fibers, in an order that a test chooses; shared and
+device memory start as NaNs. What is promised to be the same bits is compared as bytes.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import tiny
+from engine import GetModel, all_logits, build, held, random_tokens, row_nse, same, steps
+from make_golden import GOLDEN
+
+from gemma_native import _native
+from gemma_native.gemma import Gemma
+from gemma_native.weights import Checkpoint
+
+emulated = hasattr(_native.testing, "emulator")
+DEVICES = ["cuda-emulated"] * emulated + ["cuda"] * (not _native.cuda_status())
+pytestmark = pytest.mark.skipif(not DEVICES, reason="neither a GPU nor the emulation")
+needs_emulation = pytest.mark.skipif(not emulated, reason="built without the emulation")
+QUANTISED = [q for q in tiny.QUANTS if q.startswith("Q")]
+EXACT = 1e-10  # float32 sums of exact weights; 1e-11 was measured
+TENSOR_CORES = 1e-3  # activations, and values of quantised weights, as bf16; 3e-4 was measured
+KV16 = 4e-4  # more, with keys and values as bf16
+
+
+@pytest.fixture(autouse=True)
+def plain_emulator() -> Iterator[None]:
+    yield
+    if emulated:
+        _native.testing.emulator()
+
+
+@pytest.fixture(params=DEVICES, scope="module")
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def get(model: GetModel, device: str) -> GetModel:
+    def on_device(name: str, **options: Any) -> Any:
+        return model(name, device=device, **options)
+
+    return on_device
+
+
+def decoded(model: Any, tokens: np.ndarray, start: int) -> np.ndarray:
+    """The logits from position `start` on, the tokens before it in one call, the rest one by one."""
+    cache = model.new_cache()
+    model.forward(tokens[:start], cache)
+    return np.array([model.forward(tokens[i : i + 1], cache) for i in range(start, len(tokens))])
+
+
+# --- against the specification ---
+
+
+@pytest.mark.parametrize("case", tiny.CASES)
+def test_cases(get: GetModel, checkpoint: Callable[[str], Checkpoint], case: str) -> None:
+    c = checkpoint(case)
+    tokens = random_tokens(70, 1)
+    truth = reference.forward(c.config, reference.weights_of(c.tensors), tokens)
+    m = get(case, kv="f32")
+    logits = all_logits(m, tokens)
+    assert reference.nse(logits, truth) <= TENSOR_CORES
+    assert row_nse(logits, truth).max() <= 10 * TENSOR_CORES
+    assert reference.nse(all_logits(get(case), tokens), truth) <= TENSOR_CORES + KV16
+    exact = get(case, kv="f32", deterministic=True)
+    assert reference.nse(all_logits(exact, tokens[:24]), truth[:24]) <= EXACT
+    # Decode behind a prompt that crosses a block of 64 keys: what is left is the prompt's rounding.
+    assert reference.nse(decoded(m, tokens, 62), truth[62:]) <= TENSOR_CORES
+
+
+@pytest.mark.parametrize("case", ["gemma2-gqa", "gemma3-scaled"])
+def test_transformers(get: GetModel, case: str) -> None:
+    golden = np.load(GOLDEN / f"{case}.npz")
+    assert reference.nse(all_logits(get(case, kv="f32"), golden["tokens"]), golden["logits"]) <= TENSOR_CORES
+
+
+@pytest.mark.parametrize("quant", QUANTISED)
+@pytest.mark.parametrize("case", ["gemma", "gemma2"])
+def test_quantised_files(get: GetModel, checkpoint: Callable[[str], Checkpoint], case: str, quant: str) -> None:
+    c = checkpoint(f"{case}:{quant}")
+    tokens = random_tokens(20, 2)
+    truth = reference.forward(c.config, reference.weights_of(c.tensors), tokens)
+    m = get(f"{case}:{quant}", kv="f32", deterministic=True)
+    assert set(m.encodings().values()) == {quant, "F32"}
+    # Weights are the file's values, exactly: nothing but float32 sums is left.
+    assert reference.nse(all_logits(m, tokens[:9]), truth[:9]) <= EXACT
+    assert reference.nse(all_logits(get(f"{case}:{quant}", kv="f32"), tokens), truth) <= TENSOR_CORES
+    stored = sum(len(data) for _, shape, data in c.tensors.values() if len(shape) == 2)
+    norms = sum(4 * shape[0] for _, shape, _ in c.tensors.values() if len(shape) == 1)
+    assert m.nbytes - norms <= 1.02 * stored + 5 * 256 * len(c.tensors)
+
+
+@pytest.mark.parametrize("case", ["gemma-mha", "gemma3-scaled"])  # rows that are no multiple of a block
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_weights_option(get: GetModel, model: GetModel, case: str, weights: str) -> None:
+    config, mine = held(model(case, weights=weights))  # as the CPU encodes them
+    tokens = random_tokens(20, 4)
+    truth = reference.forward(config, mine, tokens)
+    exact = get(case, kv="f32", weights=weights, deterministic=True)
+    assert exact.encodings() == model(case, weights=weights).encodings()
+    assert reference.nse(all_logits(exact, tokens[:10]), truth[:10]) <= EXACT
+    assert reference.nse(all_logits(get(case, kv="f32", weights=weights), tokens), truth) <= TENSOR_CORES
+
+
+def test_packed_and_mixed_weights(device: str, model: GetModel, checkpoint: Callable[[str], Checkpoint]) -> None:
+    tokens = random_tokens(12, 5)
+    for quant in ("Q4_K", "Q8_0"):
+        packed = model(f"gemma:{quant}").packed()  # panels, as packed files have them
+        a = _native.Model(checkpoint(f"gemma:{quant}").config, packed, device, deterministic=True)
+        b = build(checkpoint(f"gemma:{quant}"), device=device, deterministic=True)
+        assert same(all_logits(a, tokens), all_logits(b, tokens))
+    # Matrices of several types in one layer.
+    mixed = dict(checkpoint("gemma2:Q4_0").tensors)
+    for part, quant in {"q_proj": "Q6_K", "k_proj": "Q8_0", "up_proj": "Q5_1", "down_proj": "Q4_K"}.items():
+        mixed |= {n: t for n, t in checkpoint(f"gemma2:{quant}").tensors.items() if part in n}
+    config = checkpoint("gemma2:Q4_0").config
+    truth = reference.forward(config, reference.weights_of(mixed), tokens)
+    for deterministic, limit in ((True, EXACT), (False, TENSOR_CORES)):
+        m = _native.Model(config, mixed, device, kv="f32", deterministic=deterministic)
+        assert reference.nse(all_logits(m, tokens), truth) <= limit
+    with pytest.raises(RuntimeError, match="cannot be packed"):
+        m.packed()
+
+
+
+
+# --- the same bits ---
+
+N = 70
+
+
+@pytest.mark.parametrize("name", ["gemma3-scaled", "gemma2:Q4_K"])
+def test_deterministic(get: GetModel, name: str) -> None:
+    m = get(name, deterministic=True)
+    tokens = random_tokens(N, 6)
+    whole = all_logits(m, tokens)
+    assert np.isfinite(whole).all() and whole.std() > 0.5
+    for sizes in ([7, 30, 1], [1] * 3 + [64]):
+        assert same(steps(m, tokens, sizes), whole), sizes
+    company = [tokens[:1], tokens, random_tokens(9, 3)]
+    batch = m.forward_batch(company, [m.new_cache() for _ in company])
+    assert same(batch[1], whole[-1]) and same(batch[0], whole[0])
+
+
+@pytest.mark.parametrize("name", ["gemma2-mha", "gemma3-mha", "gemma2:Q5_K"])
+def test_decode_alone_or_in_a_batch(get: GetModel, name: str) -> None:
+    m = get(name)
+    prompts = [random_tokens(n, n) for n in (1, 63, 64, 3, 20, 12, 33, 5, 9, 2, 17)]
+    alone = [m.new_cache(capacity=100 + 64 * i) for i in range(len(prompts))]
+    for p, cache in zip(prompts, alone, strict=True):
+        m.forward(p, cache)
+    together = [c.clone() for c in alone]
+    for step in range(3):  # the second replays what the first recorded, at other positions
+        nexts = [np.array([7 * i + step], np.int32) for i in range(len(prompts))]
+        batch = m.forward_batch(nexts, together)
+        for i, cache in enumerate(alone):
+            assert same(m.forward(nexts[i], cache), batch[i]), (step, i)
+        some = m.forward_batch(nexts[:2], [c.clone() for c in together[:2]])
+        assert np.isfinite(some).all()
+
+
+@needs_emulation
+@pytest.mark.parametrize("name", ["gemma3-scaled", "gemma2-mha", "gemma2:Q6_K"])
+def test_any_order_of_threads(model: GetModel, name: str) -> None:
+    tokens = random_tokens(40, 8)
+    for options in ({}, {"kv": "f32", "deterministic": True}):
+        m = model(name, device="cuda-emulated", **options)
+        outcomes = set()
+        for order in ("forward", "reverse", "random"):
+            _native.testing.emulator(order=order, seed=5)
+            cache = m.new_cache()
+            prompt = m.forward(tokens[:20], cache, all_logits=True)
+            decode = m.forward(tokens[20:21], cache)
+            ids, values = m.forward(tokens[21:22], cache, top_k=5)
+            score = m.score(tokens[22:], cache)
+            outcomes.add(b"".join(a.tobytes() for a in (prompt, decode, ids, values, score)))
+        assert len(outcomes) == 1, options
+
+
+def test_runs_agree(get: GetModel) -> None:
+    m = get("gemma3-scaled")
+    tokens = random_tokens(80, 9)
+    first = all_logits(m, tokens)
+    for _ in range(2):
+        assert same(all_logits(m, tokens), first)
+
+
+# --- caches ---
+
+
+def test_rings(speck: Callable[..., Checkpoint], device: str) -> None:
+    """Sliding layers overwrite what no row sees any more; full ones keep everything."""
+    c = speck()
+    tokens = random_tokens(660, 11, 61)
+    truth = reference.forward(c.config, reference.weights_of(c.tensors), tokens)
+    m = build(c, kv="f32", device=device)
+    logits = all_logits(m, tokens)
+    assert row_nse(logits, truth).max() <= 20 * TENSOR_CORES
+    cache = m.new_cache(700)
+    m.forward(tokens[:650], cache)
+    assert reference.nse(np.array([m.forward(tokens[i : i + 1], cache) for i in range(650, 660)]), truth[650:]) <= 2e-3
+    with pytest.raises(ValueError, match="go back to"):
+        cache.truncate(100)
+    cache.truncate(640)
+    again = m.forward(tokens[640:], cache)
+    assert reference.nse(again, truth[-1]) <= 2e-3
+    small = m.new_cache(100)  # shorter than a ring
+    assert small.nbytes == 2 * 2 * 128 * 16 * 4
+    assert same(m.forward(tokens[:100], small), m.forward(tokens[:100], m.new_cache()))
+
+
+def test_truncate_and_clone(get: GetModel) -> None:
+    m = get("gemma3-scaled")
+    tokens = random_tokens(40, 12)
+    cache = m.new_cache()
+    m.forward(tokens[:30], cache)
+    fork = cache.clone()
+    a = m.forward(tokens[30:31], cache)
+    m.forward(random_tokens(5, 1), cache)
+    cache.truncate(30)
+    assert same(m.forward(tokens[30:31], cache), a)
+    assert same(m.forward(tokens[30:31], fork), a)
+    cache.truncate(0)
+    assert same(m.forward(tokens[:30], cache), m.forward(tokens[:30], m.new_cache()))
+
+
+# --- results ---
+
+
+def test_scores(get: GetModel, checkpoint: Callable[[str], Checkpoint]) -> None:
+    c = checkpoint("gemma2-gqa")
+    tokens = random_tokens(90, 13)
+    truth = reference.log_softmax(reference.forward(c.config, reference.weights_of(c.tensors), tokens))
+    expected = truth[np.arange(89), tokens[1:]]
+    m = get("gemma2-gqa", kv="f32")
+    assert np.abs(m.score(tokens, m.new_cache()) - expected).max() < 0.1
+    exact = get("gemma2-gqa", kv="f32", deterministic=True)
+    np.testing.assert_allclose(exact.score(tokens[:20], exact.new_cache()), expected[:19], atol=2e-5)
+
+
+def test_top_k(get: GetModel) -> None:
+    m = get("gemma-mqa")
+    cache = m.new_cache()
+    m.forward(random_tokens(10, 14), cache)
+    logits = m.forward([5], cache.clone())
+    order = np.lexsort((np.arange(len(logits)), -logits))
+    for k in (1, 2, 40, 64, 65, 311):
+        ids, values = m.forward([5], cache.clone(), top_k=k)
+        assert ids.tolist() == order[:k].tolist(), k
+        assert same(values, logits[order[:k]])
+    prompts = [random_tokens(4, i) for i in range(3)]
+    ids, values = m.forward_batch(prompts, [m.new_cache() for _ in prompts], top_k=3)
+    rows = m.forward_batch(prompts, [m.new_cache() for _ in prompts])
+    for i, row in enumerate(rows):
+        assert ids[i].tolist() == np.lexsort((np.arange(311), -row))[:3].tolist()
+
+
+def test_top_k_ties(checkpoint: Callable[[str], Checkpoint], device: str) -> None:
+    c = checkpoint("gemma-mqa")
+    name = "model.embed_tokens.weight"
+    table = reference.to_float32(*c.tensors[name]).copy()
+    table[100:300] = table[40]  # two hundred equal logits
+    m = _native.Model(c.config, {**c.tensors, name: ("F32", table.shape, memoryview(table.tobytes()))}, device)
+    for seed in range(4):
+        cache = m.new_cache()
+        logits = m.forward(random_tokens(5, seed, 99), cache.clone())
+        for k in (1, 64, 250):
+            ids, _ = m.forward(random_tokens(5, seed, 99), cache.clone(), top_k=k)
+            assert ids.tolist() == np.lexsort((np.arange(311), -logits))[:k].tolist()
+
+
+# --- failures ---
+
+
+def test_cancelled(get: GetModel) -> None:
+    m = get("gemma-mqa")
+    cache = m.new_cache()
+    flag = _native.CancelFlag()
+    flag.set()
+    for tokens in (random_tokens(30, 1), [5]):
+        with pytest.raises(_native.Cancelled):
+            m.forward(tokens, cache, cancel=flag)
+    assert cache.length == 0
+    assert np.isfinite(m.forward([5], cache)).all()
+
+
+@needs_emulation
+def test_out_of_memory(checkpoint: Callable[[str], Checkpoint]) -> None:
+    state, limit = _native.testing.emulator_state, _native.testing.emulator
+    gc.collect()
+    before = state()["allocated"]
+    m = build(checkpoint("gemma-mqa"), device="cuda-emulated")
+    expected = m.forward([2, 5], m.new_cache())
+    loaded = state()["allocated"]
+    limit(memory_limit=loaded + 1000)
+    with pytest.raises(MemoryError, match=r"a KV cache needs .* bytes"):
+        m.new_cache()
+    limit()
+    cache = m.new_cache()
+    limit(memory_limit=state()["allocated"] + 1000)
+    with pytest.raises(MemoryError):
+        cache.clone()
+    assert same(m.forward([2, 5], cache), expected)  # nothing is allocated in a call
+    del cache
+    assert state()["allocated"] == loaded
+    for room in (1000, (loaded - before) // 2, loaded - before - 1000):
+        limit(memory_limit=loaded + room)
+        with pytest.raises(MemoryError):
+            build(checkpoint("gemma-mqa"), device="cuda-emulated")
+        assert state()["allocated"] == loaded
+    limit()
+    del m
+    gc.collect()
+    assert state()["allocated"] == before
+
+
+@needs_emulation
+def test_failing_launches(model: GetModel) -> None:
+    m = model("gemma2-gqa", device="cuda-emulated")
+    tokens = random_tokens(20, 3)
+    cache = m.new_cache()
+    expected = m.forward(tokens, cache)
+    step = m.forward([9], cache.clone())
+    for call in (lambda: m.forward(tokens, m.new_cache()), lambda: m.forward([9], cache.clone())):
+        for launch in (1, 4, 9):
+            _native.testing.emulator(fail_after=launch)
+            with pytest.raises(RuntimeError, match="kernel .*as a test asked"):
+                call()
+            _native.testing.emulator()
+    assert same(m.forward(tokens, m.new_cache()), expected)
+    assert same(m.forward([9], cache.clone()), step)
+
+
+def test_no_device(checkpoint: Callable[[str], Checkpoint]) -> None:
+    status = _native.cuda_status()
+    if status:
+        with pytest.raises(RuntimeError, match="cpu"):
+            build(checkpoint("gemma-mqa"), device="cuda")
+    else:
+        with pytest.raises(RuntimeError, match="NVIDIA GPUs"):
+            build(checkpoint("gemma-mqa"), device="cuda:99")
+
+
+def test_automatic_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that seems to be there but cannot load the model: one warning, then the CPU."""
+    folder = tiny.write_hf(tmp_path / "m", "gemma-mqa", 1)
+    made = _native.Model
+
+    def refuse(config: Any, tensors: Any, device: str, *args: Any, **options: Any) -> Any:
+        if device == "cuda":
+            raise MemoryError("cuda:0: out of memory: 5 bytes")
+        return made(config, tensors, device, *args, **options)
+
+    monkeypatch.setattr(_native, "Model", refuse)
+    monkeypatch.setattr(_native, "cuda_status", lambda: "")
+    with pytest.warns(UserWarning, match="out of memory") as warned:
+        gemma = Gemma.load(folder)
+    assert gemma.model.device == "cpu" and len(warned) == 1
+    with pytest.raises(MemoryError):
+        Gemma.load(folder, device="cuda")
+
+
+# --- the emulator itself ---
+
+
+@needs_emulation
+def test_emulator_sees_faults() -> None:
+    run, limit = _native.testing.faulty_kernel, _native.testing.emulator
+
+    def outcomes(fault: str) -> set[bytes]:
+        results = set()
+        for order in ("forward", "reverse", "random"):
+            limit(order=order, seed=3)
+            out = np.zeros(64, np.float32)
+            run(fault, out)
+            results.add(out.tobytes())
+        return results
+
+    assert outcomes("none") == {np.arange(63, -1, -1).astype(np.float32).tobytes()}
+    assert len(outcomes("missing barrier")) > 1
+    out = np.zeros(64, np.float32)
+    for fault, message in (
+        ("divergent barrier", "only some threads"),
+        ("divergent warp", "only some of its lanes"),
+        ("different operations", "one, another|another, one"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            run(fault, out)
+    limit()
+    for fault in ("missing wait", "unwritten"):
+        run(fault, out)
+        assert np.isnan(out).any(), fault
+    broken = _native.testing.emulator_state()["broken_guards"]
+    run("write outside", out)
+    assert _native.testing.emulator_state()["broken_guards"] == broken + 1
+
+
+@needs_emulation
+def test_no_write_outside_device_memory() -> None:
+    """After every other test here; the one above broke one guard on purpose."""
+    gc.collect()
+    assert _native.testing.emulator_state()["broken_guards"] <= 1
