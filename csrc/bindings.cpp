@@ -203,8 +203,7 @@ void run(PyModel& m, const CancelFlag* cancel, Fn&& f) {
 
 std::shared_ptr<PyModel> make_model(const py::object& config, const py::dict& tensors, const std::string& device,
                                     const std::optional<int>& threads, const std::string& kv,
-                                    const std::string& weights, const py::object& consumed,
-                                    bool deterministic) {
+                                    const std::string& weights, const py::object& consumed, bool deterministic) {
   auto m = std::make_shared<PyModel>();
   m->config = config;
   const Config c = config_of(config);

@@ -132,8 +132,6 @@ def test_packed_and_mixed_weights(device: str, model: GetModel, checkpoint: Call
         m.packed()
 
 
-
-
 # --- the same bits ---
 
 N = 70

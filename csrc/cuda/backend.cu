@@ -62,7 +62,6 @@ class CudaBackend final : public Backend {
   std::unique_ptr<Matrix> load_matrix(const HostTensor& source, DType target, bool, const Consumed& consumed) override {
     device_->use();
     auto m = load_gpu_matrix(device_, source, target, consumed);
-    widest_ = std::max({widest_, m->cols, m->rows});
     return m;
   }
 
@@ -94,6 +93,7 @@ class CudaBackend final : public Backend {
 
   int64_t prepare(const Config& c) override {
     device_->use();
+    heads_a_group_ = count(c.num_heads / c.num_kv_heads);
     const int64_t E = c.head_dim, e = round_up(E, 16), heads = c.num_heads + 2 * c.num_kv_heads;
     const int64_t widest = round_up(std::max({c.hidden_size, c.intermediate_size, c.num_heads * E}), 32);
     rows_ = reserve(kMaxRows * static_cast<int64_t>(sizeof(Row)));
@@ -114,7 +114,8 @@ class CudaBackend final : public Backend {
     for (const auto& [base, scale] : {std::pair(c.rope_base, c.rope_scale), std::pair(c.rope_base_local, 1.0f)}) {
       std::vector<float> f(E / 2);
       for (int64_t i = 0; i < E / 2; ++i)
-        f[i] = static_cast<float>(std::pow(static_cast<double>(base), -2.0 * static_cast<double>(i) / static_cast<double>(E))) /
+        f[i] = static_cast<float>(
+                   std::pow(static_cast<double>(base), -2.0 * static_cast<double>(i) / static_cast<double>(E))) /
                scale;
       Memory& m = frequencies_[{base, scale}] = reserve(E * 2);
       device_->upload(m.data(), f.data(), f.size() * sizeof(float));
@@ -162,6 +163,15 @@ class CudaBackend final : public Backend {
     device_->upload(rows_.data(), r.data(), r.size() * sizeof(Row));
     decode_ = decode;
     exact_ = deterministic_ || decode || rows.n <= kRowsALaunch;
+    tile_count_ = 0;
+    if (!exact_ && flash_supports(kv_[0], heads_a_group_)) {
+      std::vector<Tile> tiles;
+      for (const Span& s : rows.spans)
+        for (int64_t i = 0; i < s.count; i += flash_tile_rows(heads_a_group_))
+          tiles.push_back({count(s.row + i), count(std::min<int64_t>(s.count - i, flash_tile_rows(heads_a_group_)))});
+      device_->upload(tiles_.data(), tiles.data(), tiles.size() * sizeof(Tile));
+      tile_count_ = count(tiles.size());
+    }
     splits_ = 1;
     while (splits_ < last / kSplit + 1) splits_ *= 2;
     if (!decode) {
@@ -216,6 +226,13 @@ class CudaBackend final : public Backend {
     a.E = count(c.head_dim);
     a.window = count(std::min<int64_t>(w.window, std::numeric_limits<int32_t>::max()));
     a.cap = c.attn_softcap;
+    if (tile_count_) {
+      a.rows = row_data();
+      a.q = q.data;
+      a.out = out.data;
+      flash(*device_, {a, reinterpret_cast<const Tile*>(tiles_.data()), tile_count_});
+      return;
+    }
     a.splits = count(w.window ? std::min<int64_t>(splits_, w.window / kSplit + 2) : splits_);
     a.partial = partial_.floats();
     const int64_t a_row = a.H * static_cast<int64_t>(a.splits) * (a.kv.e + 2) * 4;
@@ -374,9 +391,8 @@ class CudaBackend final : public Backend {
     std::vector<int32_t> order(n);
     for (int64_t i = 0; i < n; ++i) order[i] = static_cast<int32_t>(i);
     auto key = [&](int32_t i) { return std::isnan(x[i]) ? -std::numeric_limits<float>::infinity() : x[i]; };
-    std::partial_sort(order.begin(), order.begin() + k, order.end(), [&](int32_t a, int32_t b) {
-      return key(a) > key(b) || (key(a) == key(b) && a < b);
-    });
+    std::partial_sort(order.begin(), order.begin() + k, order.end(),
+                      [&](int32_t a, int32_t b) { return key(a) > key(b) || (key(a) == key(b) && a < b); });
     for (int64_t i = 0; i < k; ++i) {
       ids[i] = order[i];
       values[i] = x[order[i]];
@@ -385,7 +401,7 @@ class CudaBackend final : public Backend {
 
   std::shared_ptr<Device> device_;
   const bool deterministic_;
-  int64_t widest_ = 0;
+  int heads_a_group_ = 1;
   std::once_flag shaped_;
   std::vector<KvLayer> kv_;  // a layer each
   Memory rows_, tiles_, qkv_, y_, gate_, up_, packed_, packed_hidden_, logits_, pick_, candidates_, best_, partial_;
@@ -393,6 +409,7 @@ class CudaBackend final : public Backend {
   // Of the pass that runs.
   bool decode_ = false, exact_ = true;
   int64_t splits_ = 1;
+  int tile_count_ = 0;  // of flash attention; 0: the pass does without
   std::map<std::pair<int64_t, int64_t>, std::unique_ptr<Graph>> graphs_;  // by rows and splits
 };
 

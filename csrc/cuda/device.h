@@ -14,7 +14,7 @@
 #define GEMMA_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 // A static array, and the block's dynamic bytes, in shared memory.
 #define GEMMA_SHARED(T, name, count) __shared__ __align__(16) T name[count]
-#define GEMMA_DYNAMIC_SHARED(name)                          \
+#define GEMMA_DYNAMIC_SHARED(name)                         \
   extern __shared__ __align__(16) uint8_t gemma_dynamic[]; \
   uint8_t* name = gemma_dynamic
 #define GEMMA_UNROLL _Pragma("unroll")
@@ -116,7 +116,8 @@ GEMMA_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t s) { return 
 // d += a b: a 16 x 16 and b 16 x 8 bf16 fragments, d 16 x 8 float32 (PTX's layout of mma.m16n8k16).
 GEMMA_DEVICE void mma(float* d, const uint32_t* a, const uint32_t* b) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
@@ -134,8 +135,9 @@ GEMMA_DEVICE void load_matrices_transposed(uint32_t* r, const void* row) {
 
 // 16 bytes to shared memory, of which the last 16 - valid become zeros.
 GEMMA_DEVICE void copy16(void* to, const void* from, int valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-               "l"(from), "r"(valid));
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+      "l"(from), "r"(valid));
 }
 GEMMA_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;"); }
 template <int kLeft>

@@ -1,6 +1,7 @@
 // The CUDA backend's own sources, compiled for emulator.h: device="cuda-emulated".
 #include "attention.cu"
 #include "backend.cu"
+#include "flash.cu"
 #include "layout.cu"
 #include "matmul.cu"
 #include "matvec.cu"

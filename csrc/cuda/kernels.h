@@ -36,8 +36,9 @@ GEMMA_HOST_DEVICE int64_t slots_of(const KvLayer& l, bool ring, int64_t capacity
 }
 GEMMA_HOST_DEVICE uint8_t* kv_at(const KvLayer& l, const Row& r, bool values, int group, int64_t position) {
   const int64_t slots = slots_of(l, l.is_ring, r.capacity);
-  const int64_t before = 2 * l.groups * (l.full_before * static_cast<int64_t>(r.capacity) +
-                                         l.rings_before * slots_of(l, true, r.capacity));
+  const int64_t before =
+      2 * l.groups *
+      (l.full_before * static_cast<int64_t>(r.capacity) + l.rings_before * slots_of(l, true, r.capacity));
   const int64_t at = before + (values * l.groups + group) * slots + position % slots;
   return r.kv + at * l.e * (l.f32 ? 4 : 2);
 }
@@ -125,7 +126,7 @@ struct FlashArgs {
   const Tile* tiles = nullptr;
   int tile_count = 0;
 };
-bool flash_supports(const KvLayer& kv);
+bool flash_supports(const KvLayer& kv, int heads_a_group);
 int flash_tile_rows(int heads_a_group);  // tokens a tile
 void flash(Device& d, const FlashArgs& f);
 
@@ -138,7 +139,8 @@ struct Candidate {
 // The k best of each row of logits[n][vocab], k <= kTopMost. scratch: n * slabs * k candidates.
 void top_k(Device& d, const float* logits, int n, int vocab, int k, Candidate* scratch, int32_t* ids, float* values);
 // out[i] = log softmax(logits[i])[target[i]]; scratch: n * slabs * 2 floats
-void log_softmax_at(Device& d, const float* logits, int n, int vocab, const int32_t* target, float* scratch, float* out);
+void log_softmax_at(Device& d, const float* logits, int n, int vocab, const int32_t* target, float* scratch,
+                    float* out);
 
 // ---- shared by kernels ----
 

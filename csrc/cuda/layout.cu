@@ -25,7 +25,7 @@ Strides strides_of(DType t, int64_t k) {
   if (t == DType::Q8_0 || t == DType::Q4_0 || t == DType::Q5_0 || t == DType::Q6_K) s.scales = 2 * p;
   if (t == DType::Q4_1 || t == DType::Q5_1) s.scales = 4 * p;
   if (t == DType::Q4_K || t == DType::Q5_K) s.scales = 2 * p;  // 16 for 8 pieces
-  if (t == DType::Q6_K) s.super = p / 4;                        // 2 for 8 pieces
+  if (t == DType::Q6_K) s.super = p / 4;                       // 2 for 8 pieces
   return s;
 }
 
@@ -172,9 +172,8 @@ std::unique_ptr<GpuMatrix> load_gpu_matrix(const std::shared_ptr<Device>& device
         lay_row(target, from, s.cols, st, to[0], to[1], to[2], to[3], to[4]);
       }
     };
-    const int64_t workers = std::min<int64_t>(
-        std::min<int64_t>(8, std::max(1u, std::thread::hardware_concurrency())),
-        std::max<int64_t>(1, static_cast<int64_t>(in_row) * count >> 20));
+    const int64_t workers = std::min<int64_t>(std::min<int64_t>(8, std::max(1u, std::thread::hardware_concurrency())),
+                                              std::max<int64_t>(1, static_cast<int64_t>(in_row) * count >> 20));
     std::vector<std::thread> threads;
     std::vector<std::exception_ptr> errors(static_cast<size_t>(workers));
     for (int64_t w = 0; w < workers; ++w) {

@@ -94,8 +94,8 @@ GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 2) matmul_kernel(MatmulArgs a) {
         load_matrices(fx[i], xs + (stage * kM + wm + 16 * i + lane() % 16) * kPitch + kk + lane() / 16 * 8);
       GEMMA_UNROLL
       for (int j = 0; j < 2; ++j)
-        load_matrices(fw[j], ws + (stage * kN + wn + 16 * j + lane() % 8 + lane() / 16 * 8) * kPitch + kk +
-                                 lane() / 8 % 2 * 8);
+        load_matrices(
+            fw[j], ws + (stage * kN + wn + 16 * j + lane() % 8 + lane() / 16 * 8) * kPitch + kk + lane() / 8 % 2 * 8);
       GEMMA_UNROLL
       for (int i = 0; i < 4; ++i) {
         GEMMA_UNROLL

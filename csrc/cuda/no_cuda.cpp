@@ -5,6 +5,8 @@ namespace gemma {
 
 std::string cuda_status() { return "this build of gemma_native has no CUDA support"; }
 
-std::unique_ptr<Backend> make_cuda_backend(int, bool) { throw std::runtime_error(cuda_status() + "; use device=\"cpu\""); }
+std::unique_ptr<Backend> make_cuda_backend(int, bool) {
+  throw std::runtime_error(cuda_status() + "; use device=\"cpu\"");
+}
 
 }  // namespace gemma

@@ -7,7 +7,8 @@ namespace {
 
 // x[n, cols] = table[token] * scale. Bytes: n rows of the table, n rows of x. Layout: a block a row, a thread a piece.
 template <DType T>
-GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4) embed_kernel(Planes table, const Row* rows, int cols, float scale, float* x) {
+GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4)
+    embed_kernel(Planes table, const Row* rows, int cols, float scale, float* x) {
   constexpr int kValues = piece_values(T);
   const int64_t token = rows[block_x()].token;
   float* out = x + static_cast<int64_t>(block_x()) * cols;
@@ -72,7 +73,7 @@ GEMMA_KERNEL GEMMA_BOUNDS(32, 16) rope_kernel(RopeArgs a) {
 
 // x[n, cols] += norm(y). Bytes: x twice, y twice. Layout: a block a row.
 GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4)
-norm_add_kernel(const float* y, const float* weight, float eps, int cols, float* x) {
+    norm_add_kernel(const float* y, const float* weight, float eps, int cols, float* x) {
   GEMMA_SHARED(float, scratch, 9);
   y += static_cast<int64_t>(block_x()) * cols;
   x += static_cast<int64_t>(block_x()) * cols;
@@ -82,7 +83,7 @@ norm_add_kernel(const float* y, const float* weight, float eps, int cols, float*
 
 // out[n, k] = bf16(norm(x)). Bytes: x twice at most, out once. Layout: a block a row.
 GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4)
-to_bf16_kernel(const float* x, const int32_t* pick, const float* norm, float eps, int cols, int k, uint16_t* out) {
+    to_bf16_kernel(const float* x, const int32_t* pick, const float* norm, float eps, int cols, int k, uint16_t* out) {
   GEMMA_SHARED(float, scratch, 9);
   const int64_t row = block_x();
   x += (pick ? pick[row] : row) * cols;
@@ -93,7 +94,7 @@ to_bf16_kernel(const float* x, const int32_t* pick, const float* norm, float eps
 
 // out = gelu(gate) * up. Bytes: each once. Layout: blocks along a row, a thread a value.
 GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4)
-geglu_kernel(const float* gate, const float* up, int cols, float* out, int k, uint16_t* out16) {
+    geglu_kernel(const float* gate, const float* up, int cols, float* out, int k, uint16_t* out16) {
   const int64_t row = block_y();
   const int i = block_x() * kBlockThreads + thread_x();
   if (out16) {

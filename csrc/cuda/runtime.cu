@@ -60,9 +60,9 @@ void* Device::allocate(size_t bytes, const char* what) {
     cudaGetLastError();
     size_t free = 0, total = 0;
     cudaMemGetInfo(&free, &total);
-    throw OutOfMemory(out_of_memory(name_.c_str(), what, bytes,
-                                    "; " + std::to_string(free >> 20) + " of " + std::to_string(total >> 20) +
-                                        " MiB are free"));
+    throw OutOfMemory(
+        out_of_memory(name_.c_str(), what, bytes,
+                      "; " + std::to_string(free >> 20) + " of " + std::to_string(total >> 20) + " MiB are free"));
   }
   check(e, what);
   return p;
@@ -119,8 +119,8 @@ void Device::use() const {}
 void* Device::allocate(size_t bytes, const char* what) {
   void* p = emulator::allocate(bytes);
   if (!p)
-    throw OutOfMemory(out_of_memory(name_.c_str(), what, bytes,
-                                    "; " + std::to_string(emulator::allocated()) + " bytes are in use"));
+    throw OutOfMemory(
+        out_of_memory(name_.c_str(), what, bytes, "; " + std::to_string(emulator::allocated()) + " bytes are in use"));
   return p;
 }
 void Device::release(void* p) noexcept { emulator::release(p); }

@@ -75,9 +75,7 @@ class Device {
     kernel<<<dim3(grid.x, grid.y, grid.z), threads, shared, stream_>>>(static_cast<P>(args)...);
     check(cudaGetLastError(), name);
 #else
-    auto run = [=] {
-      emulator::launch(name, {grid.x, grid.y, grid.z}, threads, shared, [=] { kernel(args...); });
-    };
+    auto run = [=] { emulator::launch(name, {grid.x, grid.y, grid.z}, threads, shared, [=] { kernel(args...); }); };
     if (recording_)
       recording_->push_back(run);
     else

@@ -56,8 +56,8 @@ GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4) slab_best_kernel(const float* logits
 }
 
 // The k best of the slabs' candidates. Layout: a block a row.
-GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4)
-merge_best_kernel(const Candidate* in, const float* logits, int vocab, int count, int k, int32_t* ids, float* values) {
+GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4) merge_best_kernel(const Candidate* in, const float* logits, int vocab,
+                                                              int count, int k, int32_t* ids, float* values) {
   GEMMA_SHARED(Candidate, scratch, kBlockThreads / 32);
   const int64_t row = block_x();
   const Candidate* from = in + row * count;
@@ -91,9 +91,8 @@ GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4) slab_sum_kernel(const float* logits,
 }
 
 // Folds the slabs in order. Layout: a thread a row; there are few slabs.
-GEMMA_KERNEL GEMMA_BOUNDS(32, 1)
-log_softmax_kernel(const float* slabs, const float* logits, int vocab, int count, int n, const int32_t* target,
-                   float* out) {
+GEMMA_KERNEL GEMMA_BOUNDS(32, 1) log_softmax_kernel(const float* slabs, const float* logits, int vocab, int count,
+                                                    int n, const int32_t* target, float* out) {
   const int64_t row = block_x() * 32 + thread_x();
   if (row >= n) return;
   const float* s = slabs + row * count * 2;

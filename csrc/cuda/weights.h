@@ -145,15 +145,24 @@ GEMMA_DEVICE void eight_scaled(const Piece<T>& p, int part, float* out) {
 template <class F>
 void with_type(DType t, F&& f) {
   switch (t) {
-    case DType::Q8_0: return f.template run<DType::Q8_0>();
-    case DType::Q4_0: return f.template run<DType::Q4_0>();
-    case DType::Q4_1: return f.template run<DType::Q4_1>();
-    case DType::Q5_0: return f.template run<DType::Q5_0>();
-    case DType::Q5_1: return f.template run<DType::Q5_1>();
-    case DType::Q4_K: return f.template run<DType::Q4_K>();
-    case DType::Q5_K: return f.template run<DType::Q5_K>();
-    case DType::Q6_K: return f.template run<DType::Q6_K>();
-    default: return f.template run<DType::BF16>();
+    case DType::Q8_0:
+      return f.template run<DType::Q8_0>();
+    case DType::Q4_0:
+      return f.template run<DType::Q4_0>();
+    case DType::Q4_1:
+      return f.template run<DType::Q4_1>();
+    case DType::Q5_0:
+      return f.template run<DType::Q5_0>();
+    case DType::Q5_1:
+      return f.template run<DType::Q5_1>();
+    case DType::Q4_K:
+      return f.template run<DType::Q4_K>();
+    case DType::Q5_K:
+      return f.template run<DType::Q5_K>();
+    case DType::Q6_K:
+      return f.template run<DType::Q6_K>();
+    default:
+      return f.template run<DType::BF16>();
   }
 }
 
