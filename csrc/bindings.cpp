@@ -20,7 +20,7 @@
 #include "cpu/probes.h"
 #include "cpu/threads.h"
 #if defined(GEMMA_NATIVE_EMULATOR)
-#include "cuda/emulator.h"
+#include "emulator/emulator.h"
 #endif
 #include "model.h"
 #include "quant.h"
@@ -410,46 +410,6 @@ py::array_t<float> dequantize_reference(const std::string& type, const py::buffe
 }
 
 #if defined(GEMMA_NATIVE_EMULATOR)
-// Kernels that are wrong on purpose: what the emulator says of them is tested.
-void run_faulty_kernel(const std::string& fault, py::array_t<float>& out) {
-  namespace e = emulator;
-  GEMMA_CHECK(out.size() >= 64, "out must have 64 values");
-  float* y = out.mutable_data();
-  const auto body = [&] {
-    auto* shared = static_cast<float*>(e::static_shared(64 * sizeof(float)));
-    const int t = e::thread().x;
-    if (fault == "divergent barrier") {
-      if (t < 32) e::barrier();
-    } else if (fault == "divergent warp") {
-      if (t % 2) e::collective([](void* const*) {}, nullptr, "sync_warp");
-    } else if (fault == "different operations") {
-      if (t % 2)
-        e::collective([](void* const*) {}, nullptr, "one");
-      else
-        e::collective([](void* const* l) { (void)l[0]; }, nullptr, "another");
-    } else if (fault == "missing wait") {
-      alignas(16) static const float ones[4] = {1, 1, 1, 1};
-      if (t == 0) e::async_copy(shared, ones, 16, 16), e::async_commit();
-      e::barrier();
-      y[t] = shared[t % 4];
-      if (t == 0) e::async_wait(0);
-    } else if (fault == "unwritten") {
-      y[t] = shared[t];
-    } else if (fault == "write outside") {
-      if (t == 0) {
-        auto* p = static_cast<uint8_t*>(e::allocate(100));
-        p[100] = 1;
-        e::release(p);
-      }
-    } else {
-      shared[t] = static_cast<float>(t);
-      if (fault != "missing barrier") e::barrier();
-      y[t] = shared[63 - t];
-    }
-  };
-  e::launch("faulty", {1, 1, 1}, 64, 0, body);
-}
-
 void add_emulator(py::module_& t) {
   namespace e = emulator;
   t.def(
@@ -469,7 +429,10 @@ void add_emulator(py::module_& t) {
     d["broken_guards"] = e::broken_guards();
     return d;
   });
-  t.def("faulty_kernel", run_faulty_kernel);
+  t.def("faulty_kernel", [](const std::string& fault, py::array_t<float>& out) {
+    GEMMA_CHECK(out.size() >= 64, "out must have 64 values");
+    e::run_faulty_kernel(fault, out.mutable_data());
+  });
 }
 #endif
 

@@ -1,4 +1,4 @@
-// What kernels are written against: CUDA's own operations under nvcc, emulator.h's under a plain C++ compiler. The kernels' sources
+// What kernels are written against: CUDA's own operations under nvcc, emulator/emulator.h's under a plain C++ compiler. The kernels' sources
 // are the same for both; everything of either kind lives in the namespace `gpu`, which is another one for each.
 #pragma once
 
@@ -19,7 +19,7 @@
   uint8_t* name = gemma_dynamic
 #define GEMMA_UNROLL _Pragma("unroll")
 #else
-#include "emulator.h"
+#include "../emulator/emulator.h"
 #define gpu gpu_emulated
 #define GEMMA_DEVICE inline
 #define GEMMA_HOST_DEVICE inline

@@ -57,4 +57,7 @@ size_t allocated();
 int64_t launches();
 int64_t broken_guards();  // allocations that were found overwritten at their ends
 
+// For tests: a kernel of 64 threads that has the named fault, or none; writes y[64].
+void run_faulty_kernel(const std::string& fault, float* y);
+
 }  // namespace gemma::emulator
