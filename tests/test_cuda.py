@@ -391,6 +391,7 @@ def test_emulator_sees_faults() -> None:
         ("divergent barrier", "only some threads"),
         ("divergent warp", "only some of its lanes"),
         ("different operations", "one, another|another, one"),
+        ("no wait", "did not wait"),
     ):
         with pytest.raises(RuntimeError, match=message):
             run(fault, out)

@@ -22,21 +22,27 @@ GEMMA_DEVICE Range range_of(int position, int window) {
 }
 
 template <class T>
-GEMMA_DEVICE float value_of(const T* p, int i);
-template <>
-GEMMA_DEVICE float value_of<float>(const float* p, int i) {
-  return p[i];
+GEMMA_DEVICE float to_float(T v) {
+  if constexpr (sizeof(T) == 2)
+    return float_of_bf16(v);
+  else
+    return v;
 }
-template <>
-GEMMA_DEVICE float value_of<uint16_t>(const uint16_t* p, int i) {
-  return float_of_bf16(p[i]);
+template <class T>
+GEMMA_DEVICE T from_float(float v) {
+  if constexpr (sizeof(T) == 2)
+    return bf16_of(v);
+  else
+    return v;
 }
 
 // Partial softmax of one row's query heads of a group over 64 keys. Bytes: the split's keys and values once for all heads of the
-// group; writes e + 2 floats a head. Layout: block (split, group, row); K and V come to shared memory by cp.async (float32: V takes
+// group; writes e + 2 floats a head. Where q is not given, the kernel norms and rotates it itself (each block again), and the block that
+// has the row's own position does so with its key and puts key and value into the cache. Layout: block (split, group, row); K and V come to shared memory by cp.async (float32: V takes
 // K's place); a warp takes every 4th head: a lane scores keys l and l + 32, then owns every 32nd run of 16 bytes of the values.
 template <class T>
 GEMMA_KERNEL GEMMA_BOUNDS(kThreads, 3) attend_kernel(AttentionArgs a) {
+  start();
   constexpr int kVec = 16 / sizeof(T);
   constexpr bool kTwo = sizeof(T) == 2;
   const int64_t n = block_z();
@@ -55,18 +61,34 @@ GEMMA_KERNEL GEMMA_BOUNDS(kThreads, 3) attend_kernel(AttentionArgs a) {
   auto* q = reinterpret_cast<float*>(values + kSplit * pitch);  // [heads][e]
   float* p = q + heads * e;                                     // [heads][64]
 
+  const RopeArgs& rope = a.rope;
+  const bool own = !a.q && split == r.last;  // the row's own key and value, number `high`, are not in the cache yet
+  const float* qkv = rope.qkv + n * (a.H + 2 * a.kv.groups) * a.E;
   auto fetch = [&](bool is_value, T* to) {
-    const auto* from = reinterpret_cast<const T*>(kv_at(a.kv, row, is_value, group, begin));
-    const int runs = e / kVec;
-    for (int i = thread_x(); i < (high + 1) * runs; i += kThreads)
-      copy16(to + i / runs * pitch + i % runs * kVec, from + static_cast<int64_t>(i / runs) * e + i % runs * kVec, 16);
+    T* cache = reinterpret_cast<T*>(kv_at(a.kv, row, is_value, group, begin));
+    const int runs = e / kVec, old = own ? high : high + 1;
+    for (int i = thread_x(); i < old * runs; i += kThreads)
+      copy16(to + i / runs * pitch + i % runs * kVec, cache + static_cast<int64_t>(i / runs) * e + i % runs * kVec, 16);
     copy_commit();
+    if (own && warp() == (is_value ? 1 : 0)) {
+      auto put = [&](int i, float v) {
+        to[high * pitch + i] = cache[static_cast<int64_t>(high) * e + i] = from_float<T>(v);
+      };
+      rotate_head(qkv + (a.H + (is_value ? a.kv.groups : 0) + group) * a.E, is_value ? nullptr : rope.k_norm,
+                  is_value ? nullptr : rope.frequency, row.position, a.E, rope.eps, put);
+      for (int i = a.E + lane(); i < e; i += 32) put(i, 0);
+    }
   };
   fetch(false, keys);
   if (kTwo) fetch(true, values);
-  for (int i = thread_x(); i < heads * e; i += kThreads) {
-    const int h = i / e, d = i % e;
-    q[i] = d < a.E ? a.q[(n * a.H + group * heads + h) * a.E + d] : 0;
+  for (int h = warp(); h < heads; h += kWarps) {
+    const int head = group * heads + h;
+    if (a.q)
+      for (int d = lane(); d < a.E; d += 32) q[h * e + d] = a.q[(n * a.H + head) * a.E + d];
+    else
+      rotate_head(qkv + head * a.E, rope.q_norm, rope.frequency, row.position, a.E, rope.eps,
+                  [&](int i, float v) { q[h * e + i] = v * rope.query_scale; });
+    for (int d = a.E + lane(); d < e; d += 32) q[h * e + d] = 0;
   }
   copy_wait<kTwo ? 1 : 0>();
   sync_block();
@@ -85,7 +107,7 @@ GEMMA_KERNEL GEMMA_BOUNDS(kThreads, 3) attend_kernel(AttentionArgs a) {
         alignas(16) T v[kVec];
         *reinterpret_cast<Word4*>(v) = *reinterpret_cast<const Word4*>(k + d);
         GEMMA_UNROLL
-        for (int i = 0; i < kVec; ++i) s = multiply_add(qh[d + i], value_of<T>(v, i), s);
+        for (int i = 0; i < kVec; ++i) s = multiply_add(qh[d + i], to_float(v[i]), s);
       }
       score[j] = capped(s, a.cap);
     }
@@ -122,7 +144,7 @@ GEMMA_KERNEL GEMMA_BOUNDS(kThreads, 3) attend_kernel(AttentionArgs a) {
         alignas(16) T v[kVec];
         *reinterpret_cast<Word4*>(v) = *reinterpret_cast<const Word4*>(values + key * pitch + d);
         GEMMA_UNROLL
-        for (int i = 0; i < kVec; ++i) acc[i] = multiply_add(w, value_of<T>(v, i), acc[i]);
+        for (int i = 0; i < kVec; ++i) acc[i] = multiply_add(w, to_float(v[i]), acc[i]);
       }
       GEMMA_UNROLL
       for (int i = 0; i < kVec; ++i) out[d + i] = acc[i];
@@ -133,6 +155,7 @@ GEMMA_KERNEL GEMMA_BOUNDS(kThreads, 3) attend_kernel(AttentionArgs a) {
 // out[n, h] = sum of the splits' values, weighted, in their order. Bytes: the partials once. Layout: block (head, row), a thread every
 // 128th dimension; weights of 128 splits at a time through shared memory.
 GEMMA_KERNEL GEMMA_BOUNDS(kThreads, 8) combine_kernel(AttentionArgs a) {
+  start();
   GEMMA_SHARED(float, weight, kThreads);
   GEMMA_SHARED(float, warps, kWarps);
   const int64_t n = block_y();
@@ -172,13 +195,14 @@ GEMMA_KERNEL GEMMA_BOUNDS(kThreads, 8) combine_kernel(AttentionArgs a) {
 
 }  // namespace
 
+size_t attend_shared_bytes(int heads_a_group, int e) {
+  return static_cast<size_t>(kSplit) * (e + 8) * 4 + static_cast<size_t>(heads_a_group) * (e + kSplit) * 4;
+}
+
 void attend(Device& d, const AttentionArgs& a) {
-  const int heads = a.H / a.kv.groups, e = a.kv.e, groups = a.kv.groups;
-  const size_t rest = static_cast<size_t>(heads) * (e + kSplit) * sizeof(float);
-  if (a.kv.f32)
-    d.launch("attend", attend_kernel<float>, {a.splits, groups, a.n}, kThreads, kSplit * (e + 4) * 4 + rest, a);
-  else
-    d.launch("attend", attend_kernel<uint16_t>, {a.splits, groups, a.n}, kThreads, 2 * kSplit * (e + 8) * 2 + rest, a);
+  const size_t shared = attend_shared_bytes(a.H / a.kv.groups, a.kv.e);
+  d.launch("attend", a.kv.f32 ? attend_kernel<float> : attend_kernel<uint16_t>, {a.splits, a.kv.groups, a.n}, kThreads,
+           shared, a);
   d.launch("combine", combine_kernel, {a.H, a.n}, kThreads, 0, a);
 }
 

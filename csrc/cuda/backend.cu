@@ -96,6 +96,12 @@ class CudaBackend final : public Backend {
     heads_a_group_ = count(c.num_heads / c.num_kv_heads);
     const int64_t E = c.head_dim, e = round_up(E, 16), heads = c.num_heads + 2 * c.num_kv_heads;
     const int64_t widest = round_up(std::max({c.hidden_size, c.intermediate_size, c.num_heads * E}), 32);
+    const size_t block = attend_shared_bytes(heads_a_group_, count(e));
+    if (block > device_->shared_limit())
+      throw std::runtime_error(device_->name() + ": attention with head_dim " + std::to_string(E) + " and " +
+                               std::to_string(heads_a_group_) + " heads a group needs " + std::to_string(block) +
+                               " bytes of shared memory a block; this GPU has " +
+                               std::to_string(device_->shared_limit()) + "; use device=\"cpu\"");
     rows_ = reserve(kMaxRows * static_cast<int64_t>(sizeof(Row)));
     tiles_ = reserve(kMaxRows * static_cast<int64_t>(sizeof(Tile)));
     qkv_ = reserve(kMaxRows * heads * E * 4);
@@ -216,7 +222,8 @@ class CudaBackend final : public Backend {
     a.E = count(E);
     a.eps = c.rms_norm_eps;
     a.query_scale = c.query_scale;
-    rope_and_store(*device_, a);
+    rope_ = a;
+    if (!decode_) rope_and_store(*device_, a);  // else attention does it
   }
 
   void attention(const Config& c, const LayerWeights& w, const Rows& rows, const Buffer& q, Buffer& out) override {
@@ -239,7 +246,9 @@ class CudaBackend final : public Backend {
     const int64_t many = std::max<int64_t>(1, static_cast<int64_t>(partial_.bytes()) / a_row);
     for (int64_t r = 0; r < rows.n; r += many) {
       a.rows = row_data() + r;
-      a.q = q.data + r * a.H * a.E;
+      a.q = decode_ ? nullptr : q.data + r * a.H * a.E;
+      a.rope = rope_;
+      a.rope.qkv += r * (a.H + 2 * a.rope.G) * a.E;
       a.out = out.data + r * a.H * a.E;
       a.n = count(std::min(many, rows.n - r));
       attend(*device_, a);
@@ -409,6 +418,7 @@ class CudaBackend final : public Backend {
   // Of the pass that runs.
   bool decode_ = false, exact_ = true;
   int64_t splits_ = 1;
+  RopeArgs rope_;       // of the layer, from `qkv` to `attention`
   int tile_count_ = 0;  // of flash attention; 0: the pass does without
   std::map<std::pair<int64_t, int64_t>, std::unique_ptr<Graph>> graphs_;  // by rows and splits
 };

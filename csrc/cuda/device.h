@@ -147,6 +147,20 @@ GEMMA_DEVICE void copy_wait() {
 
 GEMMA_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
+// Programmatic dependent launch (compute capability 9.0): the next kernel of the stream may take free multiprocessors already, but
+// reads and writes nothing that this one does before its own `wait_for_previous` returns. Every kernel calls both.
+GEMMA_DEVICE void allow_next() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+GEMMA_DEVICE void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+GEMMA_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 #else
 // ---- the emulation -----------------------------------------------------------------------------------------------------
 
@@ -282,7 +296,17 @@ void copy_wait() {
 }
 
 inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+
+inline void allow_next() {}
+inline void wait_for_previous() { emulator::wait_for_previous(); }
+inline void prefetch(const void* p) { (void)*static_cast<const volatile uint8_t*>(p); }
 #endif
+
+// The start of a kernel that has nothing to do before its inputs are there.
+GEMMA_DEVICE void start() {
+  allow_next();
+  wait_for_previous();
+}
 
 GEMMA_DEVICE int lane() { return thread_x() & 31; }
 GEMMA_DEVICE int warp() { return thread_x() >> 5; }

@@ -14,6 +14,7 @@ constexpr int kFlashThreads = 128, kQueries = 64;  // a warp has 16 queries
 // A block of keys that a query does not see changes nothing of its results, so these do not depend on the other queries of the tile.
 template <int E>
 GEMMA_KERNEL GEMMA_BOUNDS(kFlashThreads, 1) flash_kernel(FlashArgs f) {
+  start();
   constexpr int kPitch = E + 8;  // eight rows of a matrix fragment then meet all banks once
   const AttentionArgs& a = f.a;
   GEMMA_DYNAMIC_SHARED(dynamic);

@@ -51,13 +51,12 @@ struct Part {
   int64_t stride = 0;  // floats between rows of out
 };
 
-enum class After { store, add, softcap, geglu };
+enum class After { store, add, geglu };
 
 struct MatvecArgs {
   Part parts[3];  // of one type; their rows follow each other. geglu: gate and up, to parts[0].out
   int count = 1;
   After after = After::store;
-  float cap = 0;
   const float* x = nullptr;  // [.., cols], stride x_stride
   int64_t x_stride = 0;
   const int32_t* pick = nullptr;  // rows of x; null: the first n
@@ -105,7 +104,8 @@ void softcap(Device& d, float* x, int64_t n, float cap);
 
 struct AttentionArgs {
   const Row* rows = nullptr;
-  const float* q = nullptr;  // [n][H][E]
+  const float* q = nullptr;  // [n][H][E]; null: the kernel does the work of `rope`, for rows of different sequences
+  RopeArgs rope;
   float* out = nullptr;      // [n][H][E]
   float* partial = nullptr;  // [n][H][splits][e + 2]
   KvLayer kv;
@@ -115,6 +115,7 @@ struct AttentionArgs {
   float cap = 0;
 };
 void attend(Device& d, const AttentionArgs& a);
+size_t attend_shared_bytes(int heads_a_group, int e);
 
 // ---- flash.cu ----
 
@@ -156,6 +157,34 @@ GEMMA_DEVICE float block_sum(float x, float* scratch) {
   for (int i = 0; i < kBlockThreads / 32; ++i) sum += scratch[i];
   sync_block();
   return sum;
+}
+// One head x[E] of a row by a warp: scaled to a root mean square of 1 times `norm` (null: as it is), dimensions i and i + E/2 rotated by
+// position * frequency[i] (null: not). put(i, value) takes the results.
+template <class Put>
+GEMMA_DEVICE void rotate_head(const float* x, const float* norm, const float* frequency, int position, int E, float eps,
+                              Put put) {
+  const int half = E / 2;
+  float scale = 1;
+  if (norm) {
+    float s = 0;
+    for (int i = lane(); i < E; i += 32) s = multiply_add(x[i], x[i], s);
+    scale = 1.0f / sqrtf(warp_sum(s) / static_cast<float>(E) + eps);
+  }
+  for (int i = lane(); i < half; i += 32) {
+    float u = x[i], v = x[i + half];
+    if (norm) {
+      u = u * scale * norm[i];
+      v = v * scale * norm[i + half];
+    }
+    if (frequency) {
+      const float angle = static_cast<float>(position) * frequency[i];
+      const float c = cosf(angle), s = sinf(angle), w = u * c - v * s;
+      v = v * c + u * s;
+      u = w;
+    }
+    put(i, u);
+    put(i + half, v);
+  }
 }
 // 1 / root mean square of x[n], by a block.
 GEMMA_DEVICE float inverse_rms(const float* x, int n, float eps, float* scratch) {

@@ -33,6 +33,7 @@ GEMMA_DEVICE void store_half(const Piece<T>& p, int half, uint16_t* to) {
 // 4 x 4 fragments of m16n8k16. A result's order of additions depends on K alone.
 template <DType T>
 GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 2) matmul_kernel(MatmulArgs a) {
+  start();
   GEMMA_SHARED(uint16_t, xs, 2 * kM * kPitch);
   GEMMA_SHARED(uint16_t, ws, 2 * kN * kPitch);
   const int t = thread_x();

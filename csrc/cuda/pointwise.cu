@@ -9,6 +9,7 @@ namespace {
 template <DType T>
 GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4)
     embed_kernel(Planes table, const Row* rows, int cols, float scale, float* x) {
+  start();
   constexpr int kValues = piece_values(T);
   const int64_t token = rows[block_x()].token;
   float* out = x + static_cast<int64_t>(block_x()) * cols;
@@ -27,53 +28,35 @@ GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4)
   }
 }
 
-// One head of one row: norm, rotation and scale of q to q_out; norm and rotation of k, and v as it is, to the cache.
+// One head of one row: norm, rotation and scale of q to a.q; norm and rotation of k, and v as it is, to the cache.
 // Bytes: each value once. Layout: a warp a head (block), a lane every 32nd pair of dimensions i, i + E/2.
 GEMMA_KERNEL GEMMA_BOUNDS(32, 16) rope_kernel(RopeArgs a) {
-  const int head = block_x(), half = a.E / 2;
+  start();
+  const int head = block_x();
   const int64_t n = block_y();
   const Row row = a.rows[n];
   const float* x = a.qkv + (n * (a.H + 2 * a.G) + head) * a.E;
-  const bool is_q = head < a.H, is_v = head >= a.H + a.G;
-  const int group = is_v ? head - a.H - a.G : head - a.H;
-  const float* norm = is_q ? a.q_norm : is_v ? nullptr : a.k_norm;
-  float scale = 1;
-  if (norm) {
-    float s = 0;
-    for (int i = lane(); i < a.E; i += 32) s = multiply_add(x[i], x[i], s);
-    scale = 1.0f / sqrtf(warp_sum(s) / static_cast<float>(a.E) + a.eps);
+  if (head < a.H) {
+    float* q = a.q + (n * a.H + head) * a.E;
+    rotate_head(x, a.q_norm, a.frequency, row.position, a.E, a.eps, [&](int i, float v) { q[i] = v * a.query_scale; });
+    return;
   }
-  uint8_t* cache = is_q ? nullptr : kv_at(a.kv, row, is_v, group, row.position);
+  const bool is_v = head >= a.H + a.G;
+  uint8_t* cache = kv_at(a.kv, row, is_v, is_v ? head - a.H - a.G : head - a.H, row.position);
   auto put = [&](int i, float v) {
-    if (is_q)
-      a.q[(n * a.H + head) * a.E + i] = v * a.query_scale;
-    else if (a.kv.f32)
+    if (a.kv.f32)
       reinterpret_cast<float*>(cache)[i] = v;
     else
       reinterpret_cast<uint16_t*>(cache)[i] = bf16_of(v);
   };
-  for (int i = lane(); i < half; i += 32) {
-    float u = x[i], v = x[i + half];
-    if (norm) {
-      u = u * scale * norm[i];
-      v = v * scale * norm[i + half];
-    }
-    if (!is_v) {
-      const float angle = static_cast<float>(row.position) * a.frequency[i];
-      const float c = cosf(angle), s = sinf(angle), w = u * c - v * s;
-      v = v * c + u * s;
-      u = w;
-    }
-    put(i, u);
-    put(i + half, v);
-  }
-  if (!is_q)
-    for (int i = a.E + lane(); i < a.kv.e; i += 32) put(i, 0);
+  rotate_head(x, is_v ? nullptr : a.k_norm, is_v ? nullptr : a.frequency, row.position, a.E, a.eps, put);
+  for (int i = a.E + lane(); i < a.kv.e; i += 32) put(i, 0);
 }
 
 // x[n, cols] += norm(y). Bytes: x twice, y twice. Layout: a block a row.
 GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4)
     norm_add_kernel(const float* y, const float* weight, float eps, int cols, float* x) {
+  start();
   GEMMA_SHARED(float, scratch, 9);
   y += static_cast<int64_t>(block_x()) * cols;
   x += static_cast<int64_t>(block_x()) * cols;
@@ -84,6 +67,7 @@ GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4)
 // out[n, k] = bf16(norm(x)). Bytes: x twice at most, out once. Layout: a block a row.
 GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4)
     to_bf16_kernel(const float* x, const int32_t* pick, const float* norm, float eps, int cols, int k, uint16_t* out) {
+  start();
   GEMMA_SHARED(float, scratch, 9);
   const int64_t row = block_x();
   x += (pick ? pick[row] : row) * cols;
@@ -95,6 +79,7 @@ GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4)
 // out = gelu(gate) * up. Bytes: each once. Layout: blocks along a row, a thread a value.
 GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4)
     geglu_kernel(const float* gate, const float* up, int cols, float* out, int k, uint16_t* out16) {
+  start();
   const int64_t row = block_y();
   const int i = block_x() * kBlockThreads + thread_x();
   if (out16) {
@@ -106,6 +91,7 @@ GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4)
 
 // x = cap tanh(x / cap). Bytes: x in and out. Layout: a thread a value.
 GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4) softcap_kernel(float* x, int64_t n, float cap) {
+  start();
   const int64_t i = static_cast<int64_t>(block_x()) * kBlockThreads + thread_x();
   if (i < n) x[i] = capped(x[i], cap);
 }

@@ -40,6 +40,11 @@ Device::Device(int index) : index_(index) {
   if (p.major < 8)
     throw std::runtime_error("device=\"" + name_ + "\": " + p.name + " has compute capability " +
                              std::to_string(p.major) + "." + std::to_string(p.minor) + "; 8.0 or later is needed");
+  processors_ = p.multiProcessorCount;
+  shared_limit_ = p.sharedMemPerBlockOptin;
+  int driver = 0;
+  check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+  overlaps_ = p.major >= 9 && driver >= 12030;  // earlier drivers cannot have it in a graph
   use();
   check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
 }

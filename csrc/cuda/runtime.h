@@ -50,6 +50,8 @@ class Device {
   Device& operator=(const Device&) = delete;
 
   const std::string& name() const { return name_; }
+  int processors() const { return processors_; }
+  size_t shared_limit() const { return shared_limit_; }  // bytes a block may have
   // Makes it the calling thread's device; before anything else of an entry point.
   void use() const;
   void* allocate(size_t bytes, const char* what);  // throws OutOfMemory
@@ -72,8 +74,17 @@ class Device {
       check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(shared)),
             name);
-    kernel<<<dim3(grid.x, grid.y, grid.z), threads, shared, stream_>>>(static_cast<P>(args)...);
-    check(cudaGetLastError(), name);
+    cudaLaunchAttribute overlap = {};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(grid.x, grid.y, grid.z);
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream_;
+    config.attrs = &overlap;
+    config.numAttrs = overlaps_ ? 1 : 0;
+    check(cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...), name);
 #else
     auto run = [=] { emulator::launch(name, {grid.x, grid.y, grid.z}, threads, shared, [=] { kernel(args...); }); };
     if (recording_)
@@ -86,10 +97,13 @@ class Device {
  private:
   std::string name_;
   int index_ = 0;
+  int processors_ = 3;
+  size_t shared_limit_ = 227 << 10;
 #if defined(__CUDACC__)
   cudaStream_t stream_ = nullptr;
+  bool overlaps_ = false;  // kernels may start while the one before ends
 #else
-  std::vector<std::function<void()>>* recording_ = nullptr;
+  std::vector<std::function<void()> >* recording_ = nullptr;
 #endif
 };
 
@@ -101,7 +115,7 @@ class Graph {
   }
   cudaGraphExec_t exec = nullptr;
 #else
-  std::vector<std::function<void()>> launches;
+  std::vector<std::function<void()> > launches;
 #endif
 };
 

@@ -45,6 +45,7 @@ GEMMA_DEVICE void select(int count, int k, Candidate* scratch, Get get, Put put)
 
 // The k best of a slab of 4096 logits. Bytes: the logits once from memory, k times from L1. Layout: block (slab, row).
 GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4) slab_best_kernel(const float* logits, int vocab, int k, Candidate* out) {
+  start();
   GEMMA_SHARED(Candidate, scratch, kBlockThreads / 32);
   const int64_t row = block_y();
   const int first = block_x() * kSlab, count = vocab - first < kSlab ? vocab - first : kSlab;
@@ -58,6 +59,7 @@ GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4) slab_best_kernel(const float* logits
 // The k best of the slabs' candidates. Layout: a block a row.
 GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4) merge_best_kernel(const Candidate* in, const float* logits, int vocab,
                                                               int count, int k, int32_t* ids, float* values) {
+  start();
   GEMMA_SHARED(Candidate, scratch, kBlockThreads / 32);
   const int64_t row = block_x();
   const Candidate* from = in + row * count;
@@ -71,6 +73,7 @@ GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4) merge_best_kernel(const Candidate* i
 
 // Maximum and sum of exponentials of a slab. Bytes: the logits twice (once from memory). Layout: block (slab, row).
 GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4) slab_sum_kernel(const float* logits, int vocab, float* out) {
+  start();
   GEMMA_SHARED(float, scratch, 9);
   const int64_t row = block_y();
   const int first = block_x() * kSlab, count = vocab - first < kSlab ? vocab - first : kSlab;
@@ -93,6 +96,7 @@ GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4) slab_sum_kernel(const float* logits,
 // Folds the slabs in order. Layout: a thread a row; there are few slabs.
 GEMMA_KERNEL GEMMA_BOUNDS(32, 1) log_softmax_kernel(const float* slabs, const float* logits, int vocab, int count,
                                                     int n, const int32_t* target, float* out) {
+  start();
   const int64_t row = block_x() * 32 + thread_x();
   if (row >= n) return;
   const float* s = slabs + row * count * 2;

@@ -94,6 +94,7 @@ struct Fiber {
   State state = State::ready;
   Thread thread;
   size_t static_used = 0;
+  bool waited = false;
   void* operands = nullptr;
   std::vector<std::vector<Copy>> groups;
   std::vector<Copy> open;
@@ -142,6 +143,7 @@ void entry() {
   (*m.body)();
   if (!m.fibers[m.current].open.empty() || !m.fibers[m.current].groups.empty())
     stop(m, "ended with asynchronous copies that nobody waited for");
+  if (!m.fibers[m.current].waited) stop(m, "did not wait for the kernel before it");
   for (;;) leave(m, State::done);
 }
 
@@ -178,6 +180,7 @@ void run_block(Machine& m, Dim grid, Dim block) {
     f.state = State::ready;
     f.thread = {i, block, grid};
     f.static_used = 0;
+    f.waited = false;
     f.groups.clear();
     f.open.clear();
     make(f.context, m.stacks[i].get(), entry);
@@ -250,6 +253,11 @@ void collective(void (*op)(void* const*), void* operands, const char* what) {
   for (int i = 0; i < 32; ++i) lanes[i] = m.fibers[w * 32 + i].operands;
   op(lanes);
   for (int i = 0; i < 32; ++i) m.fibers[w * 32 + i].state = State::ready;
+}
+
+void wait_for_previous() {
+  Machine& m = machine();
+  m.fibers[m.current].waited = true;
 }
 
 void* dynamic_shared() { return machine().shared_base; }

@@ -38,6 +38,8 @@ const Thread& thread();  // of the fiber that runs
 void barrier();
 // All 32 lanes of a warp meet at the same `op`, each with its own operands; the last to come computes for all.
 void collective(void (*op)(void* const* lanes), void* operands, const char* what);
+// What every thread of a kernel must call before it ends: on a GPU, the previous kernel may run until then.
+void wait_for_previous();
 void* dynamic_shared();
 // The same address for every thread of the block that asks in the same order.
 void* static_shared(size_t bytes);

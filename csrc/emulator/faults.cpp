@@ -8,6 +8,7 @@ void run_faulty_kernel(const std::string& fault, float* y) {
   const auto kernel = [&] {
     auto* shared = static_cast<float*>(static_shared(64 * sizeof(float)));
     const int t = thread().x;
+    if (fault != "no wait") wait_for_previous();
     if (fault == "divergent barrier") {
       if (t < 32) barrier();
     } else if (fault == "divergent warp") {
