@@ -180,20 +180,14 @@ class CudaBackend final : public Backend {
     }
     splits_ = 1;
     while (splits_ < last / kSplit + 1) splits_ *= 2;
-    if (!decode) {
-      body();
-      return;
-    }
-    // A graph for so many rows and key blocks; where its rows stand is read from rows_.
-    auto& graph = graphs_[{rows.n, splits_}];
-    if (!graph) {
-      if (graphs_.size() > 64) {
-        graphs_.clear();
-        return pass(rows, body);
-      }
-      graph = device_->record(body);
-    }
-    device_->replay(*graph);
+    if (!decode) return body();
+    // A graph for so many rows and key blocks; where its rows stand is read from rows_. The first such step runs without, since
+    // kernels cannot be loaded while a graph is recorded.
+    if (graphs_.size() > 64) graphs_.clear();
+    const auto [at, first] = graphs_.try_emplace({rows.n, splits_});
+    if (first) return body();
+    if (!at->second) at->second = device_->record(body);
+    device_->replay(*at->second);
   }
 
   void embed(const Matrix& table, const Rows& rows, float scale, Buffer& x) override {
@@ -420,7 +414,7 @@ class CudaBackend final : public Backend {
   int64_t splits_ = 1;
   RopeArgs rope_;       // of the layer, from `qkv` to `attention`
   int tile_count_ = 0;  // of flash attention; 0: the pass does without
-  std::map<std::pair<int64_t, int64_t>, std::unique_ptr<Graph>> graphs_;  // by rows and splits
+  std::map<std::pair<int64_t, int64_t>, std::unique_ptr<Graph>> graphs_;  // by rows and splits; null: none yet
 };
 
 }  // namespace

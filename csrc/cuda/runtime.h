@@ -63,7 +63,7 @@ class Device {
   void zero(void* to, size_t bytes);
   void wait(const char* operation);
 
-  // Launches of `body` become a graph; nothing runs. Returns null when the device cannot.
+  // Launches of `body` become a graph; nothing runs. Kernels must have been launched before.
   std::unique_ptr<Graph> record(const std::function<void()>& body);
   void replay(const Graph& g);
 
