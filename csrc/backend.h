@@ -80,6 +80,12 @@ struct LayerWeights {
   float rope_base = 0, rope_scale = 1;
 };
 
+// What a device reaches at best.
+struct Ceilings {
+  double bytes_per_s = 0, ops_per_s = 0;
+  std::string product;  // what did the operations
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -100,6 +106,10 @@ class Backend {
   virtual int64_t prepare(const Config&) { return 0; }
   // Runs `body`, the operations from `embed` to the last `feed_forward` for these rows, or a recording of an earlier one alike.
   virtual void pass(const Rows&, const std::function<void()>& body) { body(); }
+
+  // Measures: reads `bytes` of the device's memory, multiplies bf16 matrices [size, size] (a multiply-add is two operations). Zeros
+  // from the CPU, whose ceilings are in cpu/probes.h.
+  virtual Ceilings ceilings(size_t, int64_t) { return {}; }
 
   // x[N, D] = table[token] * scale
   virtual void embed(const Matrix& table, const Rows& rows, float scale, Buffer& x) = 0;

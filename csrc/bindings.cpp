@@ -544,6 +544,22 @@ PYBIND11_MODULE(_native, m) {
            py::arg("consumed") = py::none(), py::arg("deterministic") = false)
       .def_property_readonly("config", [](const PyModel& p) { return p.config; })
       .def_property_readonly("device", [](const PyModel& p) { return std::string(p.model->backend().device()); })
+      .def(
+          "ceilings",
+          [](PyModel& p, int64_t mib, int64_t size) -> py::object {
+            GEMMA_CHECK(mib >= 1 && mib <= 65536 && size >= 64 && size <= 32768 && size % 64 == 0,
+                        "mib or size out of range");
+            Ceilings c;
+            run(p, nullptr,
+                [&](const Poll&) { c = p.model->backend().ceilings(static_cast<size_t>(mib) << 20, size); });
+            if (c.bytes_per_s == 0) return py::none();
+            py::dict d;
+            d["read_bandwidth"] = c.bytes_per_s;
+            d["bf16"] = c.ops_per_s;
+            d["product"] = c.product;
+            return std::move(d);
+          },
+          py::arg("mib") = 4096, py::arg("size") = 8192)
       .def_property_readonly("threads", [](const PyModel& p) { return p.model->backend().threads(); })
       .def_property_readonly("kv", [](const PyModel& p) { return p.model->kv_f32() ? "f32" : "bf16"; })
       .def_property_readonly("isa", [](const PyModel&) { return std::string(kernels().name); })

@@ -6,8 +6,10 @@
 #include <mutex>
 
 #include "../quant.h"
+#include "cublas.h"
 #include "kernels.h"
 #include "layout.h"
+#include "probes.h"
 
 namespace gemma::gpu {
 
@@ -40,6 +42,8 @@ class GpuKv final : public KvStore {
 
 const GpuMatrix& gpu_matrix(const Matrix& m) { return static_cast<const GpuMatrix&>(m); }
 
+constexpr int64_t kCublasRows = 64;  // a product of fewer rows is not worth its launch
+
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // A matrix of a product, and where its results go.
@@ -61,8 +65,8 @@ class CudaBackend final : public Backend {
 
   std::unique_ptr<Matrix> load_matrix(const HostTensor& source, DType target, bool, const Consumed& consumed) override {
     device_->use();
-    auto m = load_gpu_matrix(device_, source, target, consumed);
-    return m;
+    large_bf16_ |= target == DType::BF16;
+    return load_gpu_matrix(device_, source, target, consumed);
   }
 
   std::unique_ptr<Buffer> load_vector(const HostTensor& source, float offset) override {
@@ -93,6 +97,7 @@ class CudaBackend final : public Backend {
 
   int64_t prepare(const Config& c) override {
     device_->use();
+    if (large_bf16_ && !deterministic_) cublas_ = Cublas::load(device_);
     heads_a_group_ = count(c.num_heads / c.num_kv_heads);
     const int64_t E = c.head_dim, e = round_up(E, 16), heads = c.num_heads + 2 * c.num_kv_heads;
     const int64_t widest = round_up(std::max({c.hidden_size, c.intermediate_size, c.num_heads * E}), 32);
@@ -152,6 +157,8 @@ class CudaBackend final : public Backend {
   }
 
   // ---- a pass --------------------------------------------------------------------------------------------------------
+
+  Ceilings ceilings(size_t bytes, int64_t size) override { return measure(device_, bytes, count(size)); }
 
   void pass(const Rows& rows, const std::function<void()>& body) override {
     device_->use();
@@ -340,7 +347,8 @@ class CudaBackend final : public Backend {
         a.out = t.out;
         a.stride = t.stride;
         a.add = after == After::add;
-        matmul(*device_, t.w->type, a);
+        if (!cublas_ || t.w->type != DType::BF16 || n < kCublasRows || !cublas_->matmul(*device_, a))
+          matmul(*device_, t.w->type, a);
       }
       return;
     }
@@ -404,6 +412,8 @@ class CudaBackend final : public Backend {
 
   std::shared_ptr<Device> device_;
   const bool deterministic_;
+  bool large_bf16_ = false;
+  std::unique_ptr<Cublas> cublas_;  // null: the own kernel does all products
   int heads_a_group_ = 1;
   std::once_flag shaped_;
   std::vector<KvLayer> kv_;  // a layer each

@@ -1,10 +1,12 @@
 // The CUDA backend's own sources, compiled for emulator.h: device="cuda-emulated".
 #include "attention.cu"
 #include "backend.cu"
+#include "cublas.cu"
 #include "flash.cu"
 #include "layout.cu"
 #include "matmul.cu"
 #include "matvec.cu"
 #include "pointwise.cu"
+#include "probes.cu"
 #include "runtime.cu"
 #include "sampling.cu"

@@ -52,6 +52,9 @@ class Device {
   const std::string& name() const { return name_; }
   int processors() const { return processors_; }
   size_t shared_limit() const { return shared_limit_; }  // bytes a block may have
+#if defined(__CUDACC__)
+  cudaStream_t stream() const { return stream_; }
+#endif
   // Makes it the calling thread's device; before anything else of an entry point.
   void use() const;
   void* allocate(size_t bytes, const char* what);  // throws OutOfMemory

@@ -272,11 +272,21 @@ void* static_shared(size_t bytes) {
   return m.shared_base + at;
 }
 
+static void perform(const Copy& c) {
+  std::memset(c.to, 0, c.bytes);
+  if (c.valid) std::memcpy(c.to, c.from, c.valid);
+}
+
 void async_copy(void* to, const void* from, size_t bytes, size_t valid) {
   Machine& m = machine();
   if (reinterpret_cast<uintptr_t>(to) % bytes || (valid && reinterpret_cast<uintptr_t>(from) % bytes))
     stop(m, "a misaligned asynchronous copy");
-  m.fibers[m.current].open.push_back({to, from, bytes, valid});
+  const Copy copy{to, from, bytes, valid};
+  const Order order = settings().order;
+  if (order == Order::reverse || (order == Order::random && m.random() % 2))
+    perform(copy);
+  else
+    m.fibers[m.current].open.push_back(copy);
 }
 
 void async_commit() {
@@ -290,10 +300,7 @@ void async_wait(int groups_left) {
   Machine& m = machine();
   Fiber& f = m.fibers[m.current];
   while (static_cast<int>(f.groups.size()) > groups_left) {
-    for (const Copy& c : f.groups.front()) {
-      std::memset(c.to, 0, c.bytes);
-      if (c.valid) std::memcpy(c.to, c.from, c.valid);
-    }
+    for (const Copy& c : f.groups.front()) perform(c);
     f.groups.erase(f.groups.begin());
   }
 }

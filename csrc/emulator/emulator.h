@@ -44,7 +44,7 @@ void* dynamic_shared();
 // The same address for every thread of the block that asks in the same order.
 void* static_shared(size_t bytes);
 
-// cp.async: bytes arrive when waited for, not before.
+// cp.async: bytes arrive when waited for, not before; in reverse order at once, in random order either.
 void async_copy(void* to, const void* from, size_t bytes, size_t valid);
 void async_commit();
 void async_wait(int groups_left);

@@ -119,6 +119,10 @@ class Model:
         """Appends tokens [n]; natural-log probabilities float32 [n - 1] of tokens[1:]."""
     def encodings(self) -> dict[str, str]:
         """Tensor name -> encoding in memory."""
+    def ceilings(self, mib: int = 4096, size: int = 8192) -> dict[str, Any] | None:
+        """On CUDA, what the device reaches: "read_bandwidth" (bytes/s, of `mib` MiB), "bf16" (operations/s of a product
+        of [size, size] matrices), "product" (what made it: cuBLASLt's path or "own kernel"). None on the CPU, which has
+        `measure_read_bandwidth` and `measure_peak`."""
     def packed(self) -> dict[str, tuple[str, tuple[int, ...], memoryview]]:
         """Every tensor as this class loads it again; read-only views that live as long as the model."""
 

@@ -229,7 +229,6 @@ def bench(
             raise ValueError(f"{tokens} tokens after {n} do not fit the context of {limit}")
     if tokens > MAX_ROWS:
         raise ValueError(f"at most {MAX_ROWS} tokens a round, so that caches can be rewound; got {tokens}")
-    cpu = model.device == "cpu"
     encodings = model.encodings()
     quantised = BLOCKS[encodings["model.layers.0.mlp.gate_proj.weight"]][0] > 1  # two thirds of a layer's work
 
@@ -251,9 +250,13 @@ def bench(
     peaks: list[dict[str, float]] = []
     for index in range(rounds):
         progress(f"round {index + 1} of {rounds}")
-        if cpu:
+        ceilings = model.ceilings()
+        if ceilings is None:
             bandwidths.append(_native.measure_read_bandwidth(model.threads))
             peaks.append(_native.measure_peak(model.threads))
+        else:
+            bandwidths.append(ceilings["read_bandwidth"])
+            peaks.append({"bf16": ceilings["bf16"]})
         for n in prompts:
             prefill_cache.truncate(0)
             ids = text(n)
@@ -278,7 +281,10 @@ def bench(
 
     bandwidth = statistics.median(bandwidths) if bandwidths else None
     peak_of = {name: statistics.median([p[name] for p in peaks]) for name in peaks[0]} if peaks else {}
-    kind = "int8" if quantised else ("bf16" if peak_of.get("bf16") and model.isa == "avx512" else "f32")
+    if model.device != "cpu":
+        kind = "bf16"  # what every product on tensor cores is
+    else:
+        kind = "int8" if quantised else ("bf16" if peak_of.get("bf16") and model.isa == "avx512" else "f32")
     peak = peak_of.get(kind)
     results = []
     for (what, n, batch), seconds in times.items():

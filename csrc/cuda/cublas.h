@@ -1,0 +1,36 @@
+// cuBLASLt for large bf16 products, where the machine has it: loaded at run time, so that nothing depends on it.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
+
+namespace gemma::gpu {
+
+class Cublas {
+ public:
+  // Null where there is none, or where it does not work on this device.
+  static std::unique_ptr<Cublas> load(const std::shared_ptr<Device>& device);
+  ~Cublas();
+  // False where it has no way to do this product; nothing has been done then.
+  bool matmul(Device& d, const MatmulArgs& a);
+  const std::string& path() const { return path_; }
+
+ private:
+  struct Library;
+  struct Plan;
+  Cublas() = default;
+  std::unique_ptr<Plan> plan(const MatmulArgs& a);
+
+  std::string path_;
+  std::unique_ptr<Library> library_;
+  void* handle_ = nullptr;
+  Memory workspace_;
+  std::map<std::tuple<int64_t, int, int, int64_t>, std::unique_ptr<Plan>> plans_;  // by rows of W, m, k, stride
+};
+
+}  // namespace gemma::gpu
