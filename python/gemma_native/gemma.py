@@ -438,6 +438,8 @@ class Gemma:
         """Gives a sequence its cache. False: it has to wait until the first of its prompt has read the prompt."""
         if s.cache is not None:
             return True
+        # Memory on a GPU is taken at once: no more than this sequence can use.
+        capacity = min(self._context, len(s.prompt) + s.params.max_tokens)
         if s.first is not s:
             source = s.first.cache
             assert source is not None
@@ -447,10 +449,10 @@ class Gemma:
             try:  # the last token again, for its logits
                 cache.truncate(len(s.prompt) - 1)
             except ValueError:  # sliding layers no longer hold that far back
-                cache = self.model.new_cache(self._context)
+                cache = self.model.new_cache(capacity)
             s.cache = cache
         else:
-            s.cache = self.model.new_cache(self._context)
+            s.cache = self.model.new_cache(capacity)
         return True
 
     # --- prompts ---
@@ -568,7 +570,7 @@ class Gemma:
             raise ValueError("a text to score needs at least two tokens (BOS counts)")
         flag = self._begin()
         try:
-            return Score(ids, self.model.score(ids, self.model.new_cache(self._context), cancel=flag))
+            return Score(ids, self.model.score(ids, self.model.new_cache(len(ids)), cancel=flag))
         finally:
             self._end(flag)
 
