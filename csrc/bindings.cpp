@@ -274,38 +274,32 @@ std::shared_ptr<PyModel> make_model(const py::object& config, const py::dict& te
 py::object forward_batch(PyModel& m, const std::vector<std::vector<int32_t>>& tokens, const std::vector<Cache*>& caches,
                          bool single, bool all_logits, const std::optional<int64_t>& top_k, const CancelFlag* cancel) {
   const int64_t vocab = m.model->config().vocab_size, batch = static_cast<int64_t>(tokens.size());
+  const int64_t rows = all_logits ? static_cast<int64_t>(tokens[0].size()) : batch;
+  const bool one = single && !all_logits;
+  if (all_logits)  // refused before a large array is asked for
+    GEMMA_CHECK(rows <= caches[0]->capacity() - caches[0]->length(), "the cache holds ", caches[0]->length(), " of ",
+                caches[0]->capacity(), " positions; ", rows, " more tokens do not fit");
   Output out;
-  auto result = [&](auto zero, int64_t rows, int64_t columns) {
+  auto result = [&](auto zero, int64_t columns) {
     using T = decltype(zero);
-    return single ? py::array_t<T>(columns) : py::array_t<T>({rows, columns});
+    return one ? py::array_t<T>(columns) : py::array_t<T>({rows, columns});
   };
+  auto forward = [&] { run(m, cancel, [&](const Poll& poll) { m.model->forward(tokens, caches, out, poll); }); };
   if (top_k) {
-    GEMMA_CHECK(!all_logits, "top_k and all_logits exclude each other");
     GEMMA_CHECK(*top_k >= 1 && *top_k <= vocab, "top_k must be between 1 and ", vocab, ", not ", *top_k);
-    auto ids = result(int32_t{}, batch, *top_k);
-    auto values = result(float{}, batch, *top_k);
-    out.kind = Output::top_k;
+    auto ids = result(int32_t{}, *top_k);
+    auto values = result(float{}, *top_k);
+    out.kind = all_logits ? Output::all_top_k : Output::top_k;
     out.k = *top_k;
     out.ids = ids.mutable_data();
     out.values = values.mutable_data();
-    run(m, cancel, [&](const Poll& poll) { m.model->forward(tokens, caches, out, poll); });
+    forward();
     return py::make_tuple(ids, values);
   }
-  if (all_logits) {
-    // Refused before a large array is asked for.
-    const int64_t n = static_cast<int64_t>(tokens[0].size());
-    GEMMA_CHECK(n <= caches[0]->capacity() - caches[0]->length(), "the cache holds ", caches[0]->length(), " of ",
-                caches[0]->capacity(), " positions; ", n, " more tokens do not fit");
-    py::array_t<float> logits({n, vocab});
-    out.kind = Output::all_logits;
-    out.values = logits.mutable_data();
-    run(m, cancel, [&](const Poll& poll) { m.model->forward(tokens, caches, out, poll); });
-    return std::move(logits);
-  }
-  auto logits = result(float{}, batch, vocab);
-  out.kind = Output::last_logits;
+  auto logits = result(float{}, vocab);
+  out.kind = all_logits ? Output::all_logits : Output::last_logits;
   out.values = logits.mutable_data();
-  run(m, cancel, [&](const Poll& poll) { m.model->forward(tokens, caches, out, poll); });
+  forward();
   return std::move(logits);
 }
 

@@ -231,13 +231,18 @@ void Model::forward(const std::vector<std::vector<int32_t>>& tokens, const std::
       else if (!pick.empty())
         backend_->top_k(c, *final_norm_, *embedding_, *x_, pick, out.k, out.ids + first * out.k,
                         out.values + first * out.k);
-    } else if (out.kind == Output::all_logits) {
+    } else if (out.kind == Output::all_logits || out.kind == Output::all_top_k) {
       // In slices, so that a cancelled call stops soon.
       for (int64_t r = 0; r < rows.n; r += 64) {
         poll();
         pick.clear();
         for (int64_t j = r; j < std::min(rows.n, r + 64); ++j) pick.push_back(j);
-        backend_->logits(c, *final_norm_, *embedding_, *x_, pick, out.values + (done[0] + r) * c.vocab_size);
+        const int64_t at = done[0] + r;
+        if (out.kind == Output::all_logits)
+          backend_->logits(c, *final_norm_, *embedding_, *x_, pick, out.values + at * c.vocab_size);
+        else
+          backend_->top_k(c, *final_norm_, *embedding_, *x_, pick, out.k, out.ids + at * out.k,
+                          out.values + at * out.k);
       }
     } else if (out.kind == Output::score) {
       std::vector<int32_t> target;

@@ -46,9 +46,10 @@ struct LoadOptions {
 
 // What a forward pass is to return for the last row of each sequence, or for every row.
 struct Output {
-  enum Kind { none, last_logits, all_logits, top_k, score } kind = none;
-  float* values = nullptr;  // last_logits [B, V]; all_logits [n, V] (B = 1); top_k [B, k]; score [n - 1] (B = 1)
-  int32_t* ids = nullptr;   // top_k [B, k]
+  enum Kind { none, last_logits, all_logits, top_k, all_top_k, score } kind = none;
+  // last_logits [B, V]; top_k [B, k]; and for B = 1: all_logits [n, V]; all_top_k [n, k]; score [n - 1]
+  float* values = nullptr;
+  int32_t* ids = nullptr;  // top_k [B, k]; all_top_k [n, k]
   int64_t k = 0;
 };
 

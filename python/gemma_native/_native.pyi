@@ -94,7 +94,8 @@ class Model:
         top_k: int,
         cancel: CancelFlag | None = None,
     ) -> TopK:
-        """Appends tokens [n]. (ids int32 [k], logits float32 [k]), best first, ties to the lower id."""
+        """Appends tokens [n]. (ids int32 [k], logits float32 [k]) of the last position, or both [n, k] with all_logits;
+        best first, ties to the lower id."""
     @overload
     def forward_batch(
         self,

@@ -138,6 +138,7 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "seed": {"type": int, "metavar": "N", "help": "same seed, same text"},
     "stop": {"metavar": "TEXT", "action": "append", "help": "stop before this text; repeat for several"},
     "stop_tokens": {"type": int, "metavar": "ID", "action": "append", "help": "stop at this token; repeat for several"},
+    "speculate": {"action": "store_true", "help": "guess repeated text: the same output, maybe sooner"},
     "ignore_eos": {"action": "store_true", "help": "go on past the end of the text"},
 }
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from . import _native
 from .config import Config
 from .sampling import Sampler, SamplingParams, TokenLogprob, make_params, token_logprob
+from .speculation import Guesses
 from .weights import Progress, open_checkpoint
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ class Completion:
     tokens: list[int]  # without the token that ended it
     finish_reason: str  # "stop" | "length" | "cancelled"
     prompt_tokens: int
-    timings: dict[str, float]  # prefill_s, decode_s, first_token_s, prefill_tokens_per_s, decode_tokens_per_s
+    # prefill_s, decode_s, first_token_s, prefill_tokens_per_s, decode_tokens_per_s; with speculate: guessed, guessed_right (tokens)
+    timings: dict[str, float]
     logprobs: list[TokenLogprob] | None = None  # one a token, where they were asked for
     _text: str | None = None
 
@@ -127,6 +129,7 @@ class _Sequence:
         self.finish_reason = ""
         self.cut = False  # by a stop string
         self.read = 0  # tokens of the prompt that were computed
+        self.guesses: Guesses | None = None
         self.started = time.perf_counter()
         self.first_s = self.prefill_s = self.decode_s = 0.0
 
@@ -167,6 +170,8 @@ class _Sequence:
             "prefill_tokens_per_s": self.read / prefill if prefill > 0 else 0.0,
             "decode_tokens_per_s": (len(self.tokens) - 1) / decode if decode > 0 and len(self.tokens) > 1 else 0.0,
         }
+        if self.guesses is not None:
+            timings |= {"guessed": self.guesses.guessed, "guessed_right": self.guesses.right}
         text = self.text.text if self.text is not None else None
         return Completion(self.tokens, self.finish_reason, len(self.prompt), timings, self.logprobs, text)
 
@@ -404,6 +409,13 @@ class Gemma:
                 live.append(waiting.popleft())
             if not live:
                 return
+            if len(live) == 1 and not waiting and live[0].tokens and (guesses := self._guesses(live[0])):
+                yield [self._checked_step(live[0], guesses, flag)]
+                if live[0].finish_reason:
+                    if id(live[0]) in own:
+                        live[0].cache = None
+                    return
+                continue
             tokens, caches = [], []
             for s in live:
                 assert s.cache is not None
@@ -433,6 +445,51 @@ class Gemma:
                 if s.finish_reason and id(s) in own and id(s) not in cloned:
                     s.cache = None
             live = [s for s in live if not s.finish_reason]
+
+    def _guesses(self, s: _Sequence) -> Guesses | None:
+        """None unless they are wanted, and a pass of several rows has the bits of single steps."""
+        if (
+            s.guesses is None
+            and s.params.speculate
+            and (self.model.device == "cpu" or self._loaded_with["deterministic"])
+        ):
+            s.guesses = Guesses([*s.prompt, *s.tokens])
+        return s.guesses
+
+    def _checked_step(self, s: _Sequence, guesses: Guesses, flag: _native.CancelFlag) -> str:
+        """A step with as many guesses as there are: the text of one token or more."""
+        cache, model = s.cache, self.model
+        assert cache is not None
+        start = cache.length
+        # A full cache ends a sequence: guesses must not fill it.
+        tried = guesses.next(min(s.params.max_tokens - len(s.tokens), cache.capacity - start - 1) - 1)
+        new, needed = [s.tokens[-1], *tried], s.params.best_needed
+        ids: NDArray[np.int32] | None = None
+        began = time.perf_counter()
+        try:
+            if flag.is_set():
+                raise _native.Cancelled
+            if needed:
+                k = min(needed, self.config.vocab_size)
+                ids, logits = model.forward(new, cache, all_logits=True, top_k=k, cancel=flag)
+            else:
+                logits = model.forward(new, cache, all_logits=True, cancel=flag)
+        except _native.Cancelled:
+            cache.truncate(start)
+            return s.end("cancelled")
+        step, pieces, right = time.perf_counter() - began, [], 0
+        for row, guess in enumerate([*tried, None]):
+            pieces.append(s.take(None if ids is None else ids[row], logits[row], began))
+            began = time.perf_counter()
+            if s.finish_reason:
+                break
+            guesses.add(s.tokens[-1])
+            if s.tokens[-1] != guess:
+                break
+            right += 1
+        cache.truncate(start + row + 1)
+        guesses.took(step, len(tried), right)
+        return "".join(pieces)
 
     def _start(self, s: _Sequence) -> bool:
         """Gives a sequence its cache. False: it has to wait until the first of its prompt has read the prompt."""

@@ -39,6 +39,9 @@ class SamplingParams:
     ignore_eos: bool = False  # go on past the model's own end tokens
     logprobs: int | None = None  # record log-probabilities of the chosen token and the k best
     n: int = 1  # continuations of each prompt
+    speculate: bool = (
+        False  # guess tokens from the text so far and check several at once: the same output, maybe sooner
+    )
 
     def __post_init__(self) -> None:
         _integer(self, "max_tokens", 1)
@@ -73,6 +76,8 @@ class SamplingParams:
         object.__setattr__(self, "stop_tokens", tuple(int(t) for t in tokens))
         if not isinstance(self.ignore_eos, bool):
             raise TypeError(f"ignore_eos must be True or False, not {self.ignore_eos!r:.80}")
+        if not isinstance(self.speculate, bool):
+            raise TypeError(f"speculate must be True or False, not {self.speculate!r:.80}")
         if self.logprobs is not None:
             _integer(self, "logprobs", 0)
         _integer(self, "n", 1)
