@@ -22,7 +22,9 @@ struct GpuBuffer final : Buffer {
 class GpuKv final : public KvStore {
  public:
   GpuKv(std::shared_ptr<Device> device, size_t bytes, int64_t capacity)
-      : capacity(capacity), device_(std::move(device)), memory_(device_, bytes, ("a KV cache of " + std::to_string(capacity) + " positions").c_str()) {}
+      : capacity(capacity),
+        device_(std::move(device)),
+        memory_(device_, bytes, ("a KV cache of " + std::to_string(capacity) + " positions").c_str()) {}
   void reserve(int64_t) override {}  // all of it is there
   size_t bytes() const override { return memory_.bytes(); }
   std::unique_ptr<KvStore> clone() const override {
