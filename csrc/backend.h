@@ -86,6 +86,14 @@ struct Ceilings {
   std::string product;  // what did the operations
 };
 
+// What `top_k` is asked, and where its results go.
+struct Best {
+  int64_t k = 0;
+  std::vector<int32_t> also;
+  int32_t* ids = nullptr;
+  float *values = nullptr, *also_values = nullptr;
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -130,9 +138,10 @@ class Backend {
   // out[i] = log softmax(logits(x[pick[i]]))[target[i]], without an array of logits a row
   virtual void logprobs(const Config& c, const Buffer& norm, const Matrix& head, const Buffer& x,
                         const std::vector<int64_t>& pick, const std::vector<int32_t>& target, float* out) = 0;
-  // The k best of logits(x[pick[i]]), best first, ties to the lower id. ids, values: [pick.size(), k]
+  // Of logits(x[pick[i]]): the k best of the tokens that `also` (sorted, each once) does not list, best first, ties to the lower id; and
+  // those of `also`. best.ids, values: [pick.size(), k]; also_values [pick.size(), also.size()]
   virtual void top_k(const Config& c, const Buffer& norm, const Matrix& head, const Buffer& x,
-                     const std::vector<int64_t>& pick, int64_t k, int32_t* ids, float* values) = 0;
+                     const std::vector<int64_t>& pick, const Best& best) = 0;
 };
 
 std::unique_ptr<Backend> make_cpu_backend(int threads);

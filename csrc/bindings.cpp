@@ -272,7 +272,8 @@ std::shared_ptr<PyModel> make_model(const py::object& config, const py::dict& te
 }
 
 py::object forward_batch(PyModel& m, const std::vector<std::vector<int32_t>>& tokens, const std::vector<Cache*>& caches,
-                         bool single, bool all_logits, const std::optional<int64_t>& top_k, const CancelFlag* cancel) {
+                         bool single, bool all_logits, const std::optional<int64_t>& top_k, const py::object& also,
+                         const CancelFlag* cancel) {
   const int64_t vocab = m.model->config().vocab_size, batch = static_cast<int64_t>(tokens.size());
   const int64_t rows = all_logits ? static_cast<int64_t>(tokens[0].size()) : batch;
   const bool one = single && !all_logits;
@@ -285,16 +286,27 @@ py::object forward_batch(PyModel& m, const std::vector<std::vector<int32_t>>& to
     return one ? py::array_t<T>(columns) : py::array_t<T>({rows, columns});
   };
   auto forward = [&] { run(m, cancel, [&](const Poll& poll) { m.model->forward(tokens, caches, out, poll); }); };
+  GEMMA_CHECK(top_k || also.is_none(), "also goes with top_k");
   if (top_k) {
-    GEMMA_CHECK(*top_k >= 1 && *top_k <= vocab, "top_k must be between 1 and ", vocab, ", not ", *top_k);
+    Best& best = out.best;
+    if (!also.is_none() && py::len(also) > 0) best.also = tokens_of(also);
+    for (size_t i = 0; i < best.also.size(); ++i)
+      GEMMA_CHECK(best.also[i] < vocab && (i == 0 || best.also[i - 1] < best.also[i]),
+                  "also must list token ids below ", vocab, " in order, each once");
+    const int64_t listed = static_cast<int64_t>(best.also.size());
+    GEMMA_CHECK(*top_k >= 1 && *top_k <= vocab - listed, "top_k must be between 1 and ", vocab - listed, ", not ",
+                *top_k);
     auto ids = result(int32_t{}, *top_k);
     auto values = result(float{}, *top_k);
+    auto also_values = result(float{}, listed);
     out.kind = all_logits ? Output::all_top_k : Output::top_k;
-    out.k = *top_k;
-    out.ids = ids.mutable_data();
-    out.values = values.mutable_data();
+    best.k = *top_k;
+    best.ids = ids.mutable_data();
+    best.values = values.mutable_data();
+    best.also_values = also_values.mutable_data();
     forward();
-    return py::make_tuple(ids, values);
+    if (also.is_none()) return py::make_tuple(ids, values);
+    return py::make_tuple(ids, values, also_values);
   }
   auto logits = result(float{}, vocab);
   out.kind = all_logits ? Output::all_logits : Output::last_logits;
@@ -347,7 +359,7 @@ py::array_t<float> test_product(const std::string& type, const py::buffer& data,
 
 // The panels of a Q8_0 head that HeadScan leaves for the k best products with x[m, cols].
 std::vector<int64_t> test_reachable(const py::buffer& data, int64_t rows, int64_t cols, const FloatArray& x, int64_t k,
-                                    float softcap, bool fine) {
+                                    float softcap, bool fine, const std::vector<int32_t>& also) {
   py::buffer_info view = data.request();
   const HostTensor t = tensor_of("reachable", py::make_tuple("Q8_0", py::make_tuple(rows, cols), data), view);
   GEMMA_CHECK(x.ndim() == 2 && x.shape(1) == cols, "x must be [m, ", cols, "]");
@@ -356,7 +368,7 @@ std::vector<int64_t> test_reachable(const py::buffer& data, int64_t rows, int64_
   w->fine = fine;
   Activations acts;
   acts.prepare(kernels(), pool, {w.get()}, x.shape(0), cols, [&](int64_t i, float*) { return x.data() + i * cols; });
-  return HeadScan().reachable(kernels(), pool, acts, *w, k, softcap);
+  return HeadScan().reachable(kernels(), pool, acts, *w, k, also, softcap);
 }
 
 py::bytes test_tile(const std::string& type, const py::bytes& data, int64_t rows, int64_t cols, bool back) {
@@ -435,7 +447,7 @@ void add_testing(py::module_& m) {
   t.def("product", test_product, py::arg("dtype"), py::arg("data"), py::arg("rows"), py::arg("cols"), py::arg("x"),
         py::arg("threads") = 1, py::arg("fine") = false);
   t.def("reachable", test_reachable, py::arg("data"), py::arg("rows"), py::arg("cols"), py::arg("x"), py::arg("k"),
-        py::arg("softcap") = 0.0f, py::arg("fine") = false);
+        py::arg("softcap") = 0.0f, py::arg("fine") = false, py::arg("also") = std::vector<int32_t>());
   t.def("tile",
         [](const std::string& n, const py::bytes& d, int64_t r, int64_t c) { return test_tile(n, d, r, c, false); });
   t.def("untile",
@@ -582,15 +594,15 @@ PYBIND11_MODULE(_native, m) {
       .def(
           "forward",
           [](PyModel& p, const py::object& tokens, PyCache& cache, bool all_logits, const std::optional<int64_t>& top_k,
-             const CancelFlag* cancel) {
-            return forward_batch(p, {tokens_of(tokens)}, {cache.cache.get()}, true, all_logits, top_k, cancel);
+             const py::object& also, const CancelFlag* cancel) {
+            return forward_batch(p, {tokens_of(tokens)}, {cache.cache.get()}, true, all_logits, top_k, also, cancel);
           },
           py::arg("tokens"), py::arg("cache"), py::arg("all_logits") = false, py::kw_only(),
-          py::arg("top_k") = py::none(), py::arg("cancel") = nullptr)
+          py::arg("top_k") = py::none(), py::arg("also") = py::none(), py::arg("cancel") = nullptr)
       .def(
           "forward_batch",
           [](PyModel& p, const py::sequence& tokens, const std::vector<PyCache*>& caches,
-             const std::optional<int64_t>& top_k, const CancelFlag* cancel) {
+             const std::optional<int64_t>& top_k, const py::object& also, const CancelFlag* cancel) {
             std::vector<std::vector<int32_t>> t;
             for (const py::handle& h : tokens) t.push_back(tokens_of(py::reinterpret_borrow<py::object>(h)));
             std::vector<Cache*> c;
@@ -599,10 +611,10 @@ PYBIND11_MODULE(_native, m) {
               c.push_back(cache->cache.get());
             }
             GEMMA_CHECK(!t.empty(), "no sequence given");
-            return forward_batch(p, t, c, false, false, top_k, cancel);
+            return forward_batch(p, t, c, false, false, top_k, also, cancel);
           },
           py::arg("tokens"), py::arg("caches"), py::kw_only(), py::arg("top_k") = py::none(),
-          py::arg("cancel") = nullptr)
+          py::arg("also") = py::none(), py::arg("cancel") = nullptr)
       .def(
           "score",
           [](PyModel& p, const py::object& tokens, PyCache& cache, const CancelFlag* cancel) {

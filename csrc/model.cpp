@@ -45,6 +45,13 @@ std::string shape_text(int64_t rows, int64_t cols, bool vector) {
 // activation blocks are 16 long instead of 32 (docs/MODEL.md has the measurements).
 constexpr int64_t kFineBelow = 2048;
 
+Best from_row(Best best, int64_t row) {
+  best.ids += row * best.k;
+  best.values += row * best.k;
+  if (best.also_values) best.also_values += row * static_cast<int64_t>(best.also.size());
+  return best;
+}
+
 DType matrix_target(const HostTensor& t, DType wanted, bool embedding) {
   if (wanted == DType::F32) return encoding(t.type).quantized ? t.type : DType::BF16;
   if (wanted == DType::Q4_0 && embedding) return DType::Q8_0;
@@ -229,8 +236,7 @@ void Model::forward(const std::vector<std::vector<int32_t>>& tokens, const std::
       if (!pick.empty() && out.kind == Output::last_logits)
         backend_->logits(c, *final_norm_, *embedding_, *x_, pick, out.values + first * c.vocab_size);
       else if (!pick.empty())
-        backend_->top_k(c, *final_norm_, *embedding_, *x_, pick, out.k, out.ids + first * out.k,
-                        out.values + first * out.k);
+        backend_->top_k(c, *final_norm_, *embedding_, *x_, pick, from_row(out.best, first));
     } else if (out.kind == Output::all_logits || out.kind == Output::all_top_k) {
       // In slices, so that a cancelled call stops soon.
       for (int64_t r = 0; r < rows.n; r += 64) {
@@ -241,8 +247,7 @@ void Model::forward(const std::vector<std::vector<int32_t>>& tokens, const std::
         if (out.kind == Output::all_logits)
           backend_->logits(c, *final_norm_, *embedding_, *x_, pick, out.values + at * c.vocab_size);
         else
-          backend_->top_k(c, *final_norm_, *embedding_, *x_, pick, out.k, out.ids + at * out.k,
-                          out.values + at * out.k);
+          backend_->top_k(c, *final_norm_, *embedding_, *x_, pick, from_row(out.best, at));
       }
     } else if (out.kind == Output::score) {
       std::vector<int32_t> target;

@@ -47,10 +47,8 @@ struct LoadOptions {
 // What a forward pass is to return for the last row of each sequence, or for every row.
 struct Output {
   enum Kind { none, last_logits, all_logits, top_k, all_top_k, score } kind = none;
-  // last_logits [B, V]; top_k [B, k]; and for B = 1: all_logits [n, V]; all_top_k [n, k]; score [n - 1]
-  float* values = nullptr;
-  int32_t* ids = nullptr;  // top_k [B, k]; all_top_k [n, k]
-  int64_t k = 0;
+  float* values = nullptr;  // last_logits [B, V]; and for B = 1: all_logits [n, V]; score [n - 1]
+  Best best;                // top_k: B rows; all_top_k, for B = 1: n rows
 };
 
 class Model {

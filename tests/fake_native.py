@@ -76,7 +76,13 @@ class Model:
         return Cache(CONTEXT if capacity is None else capacity)
 
     def forward_batch(
-        self, tokens: Sequence[Sequence[int]], caches: Sequence[Cache], *, top_k: int | None = None, cancel: Any = None
+        self,
+        tokens: Sequence[Sequence[int]],
+        caches: Sequence[Cache],
+        *,
+        top_k: int | None = None,
+        also: Any = None,
+        cancel: Any = None,
     ) -> Any:
         assert len({id(c) for c in caches}) == len(caches) == len(tokens)
         self.steps.append(len(tokens))
@@ -95,8 +101,12 @@ class Model:
         rows = np.stack([self.logits(c.tokens) for c in caches]).astype(np.float32)
         if top_k is None:
             return rows
-        ids = np.argsort(-rows, axis=1, kind="stable")[:, :top_k].astype(np.int32)
-        return ids, np.take_along_axis(rows, ids, 1)
+        others = rows.copy()
+        if also is not None:
+            others[:, also] = -np.inf
+        ids = np.argsort(-others, axis=1, kind="stable")[:, :top_k].astype(np.int32)
+        best = ids, np.take_along_axis(rows, ids, 1)
+        return best if also is None else (*best, rows[:, also])
 
     def forward(
         self,

@@ -168,6 +168,14 @@ def test_head_scan_knows_its_limits() -> None:
     data, x = T.quantize("Q8_0", w), 50 * w[:1]
     everything = list(range(rows // 32))
     assert len(T.reachable(data, rows, k, x, 1)) < 5
+    # Listed rows are wanted whatever their product, and say nothing of the others: without the best the next best count.
+    far = [5, 70, rows - 1]
+    assert {p for r in far for p in (r // 32,)} <= set(T.reachable(data, rows, k, x, 1, also=far))
+    exact = T.product("Q8_0", data, rows, k, x[:1])[0]
+    top = int(exact.argmax())
+    second = int(np.delete(exact, top).argmax())
+    second += second >= top
+    assert second // 32 in T.reachable(data, rows, k, x[:1], 1, also=[top])
     assert T.reachable(data, rows, k, x, 41) == everything  # too many to be worth a scan
     assert T.reachable(data, rows, k, np.repeat(x, 9, 0), 1) == everything
     assert T.reachable(data, rows, k, x, 1, softcap=30.0) == everything  # saturated: different products may tie

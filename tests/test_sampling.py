@@ -231,11 +231,37 @@ def test_when_the_k_best_are_enough() -> None:
     assert SamplingParams(temperature=0).best_needed == 1
     assert SamplingParams(top_k=40).best_needed == 40
     assert SamplingParams(top_k=40, top_p=0.5, min_p=0.1, temperature=2.0, seed=1).best_needed == 40
-    for settings in (
-        {}, {"top_p": 0.5}, {"top_k": 40, "logit_bias": {1: 1.0}}, {"top_k": 40, "repetition_penalty": 1.1},
-        {"top_k": 40, "presence_penalty": 0.1}, {"top_k": 40, "frequency_penalty": 0.1}, {"temperature": 0, "logprobs": 0},
-    ):  # fmt: skip
+    assert SamplingParams(top_k=40, repetition_penalty=1.1).best_needed == 40
+    for settings in ({}, {"top_p": 0.5}, {"temperature": 0, "logprobs": 0}):
         assert SamplingParams(**settings).best_needed == 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"logit_bias": {3: 2.5, 40: -float("inf"), 7: -1.0}},
+        {"repetition_penalty": 1.4},
+        {"presence_penalty": 0.7, "frequency_penalty": -0.2},
+        {"logit_bias": {5: 1.0}, "repetition_penalty": 0.8, "frequency_penalty": 0.5, "top_p": 0.9, "min_p": 0.05},
+    ],
+)
+@pytest.mark.parametrize("mode", [{"temperature": 0}, {"temperature": 0.9, "top_k": 6, "seed": 4}])
+def test_changed_logits_beside_the_best(settings: dict[str, Any], mode: dict[str, Any]) -> None:
+    """From the k best of the other tokens and those that are changed: the choice from all logits."""
+    rng = np.random.default_rng(1)
+    params = SamplingParams(**settings, **mode)
+    whole, parts = Sampler(params, [3, 9, 9, 20]), Sampler(params, [3, 9, 9, 20])
+    for _ in range(200):
+        logits = np.round(rng.normal(0, 2, 64), 1).astype(np.float32)  # with ties
+        also = np.union1d(parts.changed(64), rng.integers(0, 64, 3)).astype(np.int32)  # others may be listed as well
+        others = np.setdiff1d(np.arange(64), also).astype(np.int32)
+        ids = others[np.lexsort((others, -logits[others]))[: params.best_needed + 2]]
+        assert whole.choose(logits) == parts.choose_from(ids, logits[ids], also, logits[also])
+    nan = np.array([np.nan], np.float32)
+    with pytest.raises(ValueError, match="nan"):
+        parts.choose_from(ids, logits[ids], also[:1], nan)
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        Sampler(SamplingParams(logit_bias={64: 1.0}), []).changed(64)
 
 
 # --- wrong values ---
@@ -254,6 +280,7 @@ RANGES: dict[str, tuple[list[Any], list[Any], list[Any]]] = {  # good, out of ra
     "stop": (["a", ["a", "b"], (), []], ["", ["a", ""]], []),
     "stop_tokens": ([[], [0, 5], (np.int64(3),)], [[-1]], []),
     "ignore_eos": ([True, False], [], [1, "yes", None]),
+    "speculate": ([True, False], [], [1, "yes", None]),
     "logprobs": ([None, 0, 5], [-1], [1.5, "1", True]),
     "n": ([1, 4], [0, -1], [1.5, "1", True]),
 }

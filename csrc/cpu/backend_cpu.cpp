@@ -227,10 +227,10 @@ class CpuBackend final : public Backend {
   }
 
   void top_k(const Config& c, const Buffer& norm, const Matrix& head, const Buffer& x, const std::vector<int64_t>& pick,
-             int64_t k, int32_t* ids, float* values) override {
-    const int64_t m = static_cast<int64_t>(pick.size());
+             const Best& b) override {
+    const int64_t m = static_cast<int64_t>(pick.size()), k = b.k, listed = static_cast<int64_t>(b.also.size());
     normed(c, norm, {&head}, m, x, pick.data());
-    const std::vector<int64_t> panels = scan_.reachable(kernels_, pool_, acts_, cpu(head), k, c.final_softcap);
+    const std::vector<int64_t> panels = scan_.reachable(kernels_, pool_, acts_, cpu(head), k, b.also, c.final_softcap);
     const int64_t n = static_cast<int64_t>(panels.size()) * kPanel;
     grow(y_, m * n);
     matmul_panels(kernels_, pool_, acts_, cpu(head), panels, y_.data());
@@ -240,9 +240,17 @@ class CpuBackend final : public Backend {
         // The last panel may be padded.
         const int64_t real = n - (panels.back() == (c.vocab_size - 1) / kPanel ? -c.vocab_size & (kPanel - 1) : 0);
         if (c.final_softcap > 0) kernels_.softcap(row, real, c.final_softcap);
-        best(row, real, k, ids + i * k, values + i * k);
+        auto panel = panels.begin();
+        for (int64_t j = 0; j < listed; ++j) {
+          const int32_t id = b.also[j];
+          panel = std::lower_bound(panel, panels.end(), id / kPanel);
+          float& logit = row[(panel - panels.begin()) * kPanel + id % kPanel];
+          b.also_values[i * listed + j] = logit;
+          logit = -std::numeric_limits<float>::infinity();
+        }
+        best(row, real, k, b.ids + i * k, b.values + i * k);
         for (int64_t j = 0; j < k; ++j) {
-          int32_t& id = ids[i * k + j];
+          int32_t& id = b.ids[i * k + j];
           id = static_cast<int32_t>(panels[id / kPanel] * kPanel + id % kPanel);
         }
       }

@@ -34,15 +34,21 @@ std::vector<float> energies(const QuantActs& a, int64_t blocks) {
 }  // namespace
 
 std::vector<int64_t> HeadScan::reachable(const Kernels& kernels, ThreadPool& pool, const Activations& x,
-                                         const CpuMatrix& head, int64_t k, float softcap) {
+                                         const CpuMatrix& head, int64_t k, const std::vector<int32_t>& also,
+                                         float softcap) {
   const int64_t total = (head.rows + kPanel - 1) / kPanel;
   std::vector<int64_t> all(total);
   std::iota(all.begin(), all.end(), 0);
-  if (head.type != DType::Q8_0 || k > kMostBest || x.n > kMostRows || total < 8 * k) return all;
+  const int64_t listed = static_cast<int64_t>(also.size());
+  if (head.type != DType::Q8_0 || k > kMostBest || x.n > kMostRows || total < 8 * (k + listed)) return all;
   if (pause_ > 0) {
     --pause_;
     return all;
   }
+
+  static_assert(kPanel == 32, "a bit a row");
+  std::vector<uint32_t> apart(total);  // rows of a panel that `also` lists: they are no measure for the others
+  for (int32_t id : also) apart[id / kPanel] |= 1u << id % kPanel;
 
   const int m = static_cast<int>(x.n);
   const QuantActs acts = x.chunk(0);
@@ -57,6 +63,7 @@ std::vector<int64_t> HeadScan::reachable(const Kernels& kernels, ThreadPool& poo
       for (int i = 0; i < m; ++i) {
         float lo = -std::numeric_limits<float>::infinity(), hi = lo;
         for (int r = 0; r < rows; ++r) {
+          if (apart[p] >> r & 1) continue;
           const float sigma = kSigmas * std::sqrt(variance[i * kPanel + r]);
           lo = std::max(lo, tile[i * kPanel + r] - sigma);
           hi = std::max(hi, tile[i * kPanel + r] + sigma);
@@ -76,12 +83,11 @@ std::vector<int64_t> HeadScan::reachable(const Kernels& kernels, ThreadPool& poo
     if (!std::isfinite(bar[i]) || (softcap > 0 && bar[i] > kUnsaturated * softcap)) return all;
   }
   std::vector<int64_t> reachable;
-  for (int64_t p = 0; p < total; ++p)
-    for (int i = 0; i < m; ++i)
-      if (high[i * total + p] >= bar[i]) {
-        reachable.push_back(p);
-        break;
-      }
+  for (int64_t p = 0; p < total; ++p) {
+    bool in = apart[p] != 0;
+    for (int i = 0; i < m; ++i) in |= high[i * total + p] >= bar[i];
+    if (in) reachable.push_back(p);
+  }
   const bool paid = 3 * static_cast<int64_t>(reachable.size()) < total;
   if (!paid) pause_ = next_pause_;
   next_pause_ = paid ? 1 : std::min(64, 2 * next_pause_);

@@ -15,10 +15,10 @@ namespace gemma {
 // best. That bound is observed, not proved: docs/MODEL.md has the figures.
 class HeadScan {
  public:
-  // Panels of `head` in which one of the k largest products with some row of x may lie, in order; all of them where the high halves
-  // would not tell, or have not told for some calls.
+  // Panels of `head` in which one of `also` (sorted), or one of the k largest products of other rows with some row of x may lie, in
+  // order; all of them where the high halves would not tell, or have not told for some calls.
   std::vector<int64_t> reachable(const Kernels& kernels, ThreadPool& pool, const Activations& x, const CpuMatrix& head,
-                                 int64_t k, float softcap);
+                                 int64_t k, const std::vector<int32_t>& also, float softcap);
 
  private:
   int pause_ = 0, next_pause_ = 1;  // calls to leave out: a text whose next token is open stays so for a while

@@ -299,21 +299,27 @@ class CudaBackend final : public Backend {
   }
 
   void top_k(const Config& c, const Buffer& norm, const Matrix& head, const Buffer& x, const std::vector<int64_t>& pick,
-             int64_t k, int32_t* ids, float* values) override {
+             const Best& b) override {
+    const int64_t V = c.vocab_size, k = b.k, listed = static_cast<int64_t>(b.also.size());
     for_head_rows(c, norm, head, x, pick, [&](int64_t first, int64_t n) {
-      if (k > kTopMost) {
-        std::vector<float> all(static_cast<size_t>(n * c.vocab_size));
+      if (k > kTopMost || listed > 0) {
+        std::vector<float> all(static_cast<size_t>(n * V));
         device_->download(all.data(), logits_.data(), all.size() * 4);
-        for (int64_t i = 0; i < n; ++i)
-          best_of(all.data() + i * c.vocab_size, c.vocab_size, k, ids + (first + i) * k, values + (first + i) * k);
+        for (int64_t i = 0; i < n; ++i) {
+          float* row = all.data() + i * V;
+          for (int64_t j = 0; j < listed; ++j)
+            b.also_values[(first + i) * listed + j] =
+                std::exchange(row[b.also[j]], -std::numeric_limits<float>::infinity());
+          best_of(row, V, k, b.ids + (first + i) * k, b.values + (first + i) * k);
+        }
         return;
       }
-      auto* best_ids = reinterpret_cast<int32_t*>(best_.data());
-      float* best_values = best_.floats() + kHeadRows * kTopMost;
-      gpu::top_k(*device_, logits_.floats(), count(n), count(c.vocab_size), count(k),
-                 reinterpret_cast<Candidate*>(candidates_.data()), best_ids, best_values);
-      device_->download(ids + first * k, best_ids, static_cast<size_t>(n * k) * 4);
-      device_->download(values + first * k, best_values, static_cast<size_t>(n * k) * 4);
+      auto* ids = reinterpret_cast<int32_t*>(best_.data());
+      float* values = best_.floats() + kHeadRows * kTopMost;
+      gpu::top_k(*device_, logits_.floats(), count(n), count(V), count(k),
+                 reinterpret_cast<Candidate*>(candidates_.data()), ids, values);
+      device_->download(b.ids + first * k, ids, static_cast<size_t>(n * k) * 4);
+      device_->download(b.values + first * k, values, static_cast<size_t>(n * k) * 4);
     });
   }
 

@@ -11,6 +11,7 @@ from typing_extensions import Buffer
 Tokens: TypeAlias = Sequence[int] | NDArray[np.integer[Any]]
 Tensor: TypeAlias = tuple[str, tuple[int, ...], Buffer]
 TopK: TypeAlias = tuple[NDArray[np.int32], NDArray[np.float32]]
+TopKAlso: TypeAlias = tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]
 
 class Cancelled(Exception):
     """A call stopped because its CancelFlag was set."""
@@ -92,10 +93,24 @@ class Model:
         all_logits: bool = False,
         *,
         top_k: int,
+        also: None = None,
         cancel: CancelFlag | None = None,
     ) -> TopK:
         """Appends tokens [n]. (ids int32 [k], logits float32 [k]) of the last position, or both [n, k] with all_logits;
         best first, ties to the lower id."""
+    @overload
+    def forward(
+        self,
+        tokens: Tokens,
+        cache: Cache,
+        all_logits: bool = False,
+        *,
+        top_k: int,
+        also: Tokens,
+        cancel: CancelFlag | None = None,
+    ) -> TopKAlso:
+        """The k best of the tokens that `also` (m ids, in order, each once) does not list, and the logits float32 [m], or
+        [n, m] with all_logits, of those."""
     @overload
     def forward_batch(
         self,
@@ -113,9 +128,21 @@ class Model:
         caches: Sequence[Cache],
         *,
         top_k: int,
+        also: None = None,
         cancel: CancelFlag | None = None,
     ) -> TopK:
         """Appends tokens[i] to caches[i]. (ids int32 [batch, k], logits float32 [batch, k])."""
+    @overload
+    def forward_batch(
+        self,
+        tokens: Sequence[Tokens],
+        caches: Sequence[Cache],
+        *,
+        top_k: int,
+        also: Tokens,
+        cancel: CancelFlag | None = None,
+    ) -> TopKAlso:
+        """The k best of the tokens that `also` does not list, and the logits float32 [batch, m] of those."""
     def score(self, tokens: Tokens, cache: Cache, *, cancel: CancelFlag | None = None) -> NDArray[np.float32]:
         """Appends tokens [n]; natural-log probabilities float32 [n - 1] of tokens[1:]."""
     def encodings(self) -> dict[str, str]:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .tokenizer import Tokenizer
 
 MAX_BATCH = 64  # sequences that run at once; more prompts wait their turn, so that their caches need not exist yet
+MOST_CHANGED = 2048  # tokens with biases and penalties, beyond which all logits are asked for
 
 
 @dataclass
@@ -105,6 +106,16 @@ class _Text:
         return piece, stopped
 
 
+@dataclass
+class _Rows:
+    """What a step gave for each of its rows: all logits, or the best, best first, and those of the tokens `also`."""
+
+    logits: NDArray[np.float32]
+    ids: NDArray[np.int32] | None = None
+    also: NDArray[np.int32] | None = None
+    also_logits: NDArray[np.float32] | None = None
+
+
 class _Sequence:
     """One running continuation."""
 
@@ -133,9 +144,14 @@ class _Sequence:
         self.started = time.perf_counter()
         self.first_s = self.prefill_s = self.decode_s = 0.0
 
-    def take(self, ids: NDArray[np.int32] | None, logits: NDArray[np.float32], began: float) -> str:
+    def take(self, rows: _Rows, row: int, began: float) -> str:
         """Chooses the next token, in the step that began then, and returns the text that it completes."""
-        token = self.sampler.choose(logits) if ids is None else self.sampler.choose_from(ids, logits)
+        logits = rows.logits[row]
+        if rows.ids is None:
+            token = self.sampler.choose(logits)
+        else:
+            also_logits = None if rows.also is None or rows.also_logits is None else rows.also_logits[row]
+            token = self.sampler.choose_from(rows.ids[row], logits, rows.also, also_logits)
         now = time.perf_counter()
         if not self.tokens:
             self.first_s, self.prefill_s = now - self.started, now - began
@@ -174,6 +190,12 @@ class _Sequence:
             timings |= {"guessed": self.guesses.guessed, "guessed_right": self.guesses.right}
         text = self.text.text if self.text is not None else None
         return Completion(self.tokens, self.finish_reason, len(self.prompt), timings, self.logprobs, text)
+
+
+def _rows(results: Any, wanted: dict[str, Any]) -> _Rows:
+    if "top_k" not in wanted:
+        return _Rows(results)
+    return _Rows(results[1], results[0], wanted.get("also"), results[2] if "also" in wanted else None)
 
 
 class Stream(Iterator[str]):
@@ -424,27 +446,36 @@ class Gemma:
                     s.read = len(new)
                 tokens.append(new)
                 caches.append(s.cache)
-            needed = [s.params.best_needed for s in live]
-            ids: NDArray[np.int32] | None = None
+            wanted = self._wanted(live)
             began = time.perf_counter()
             try:
                 if flag.is_set():
                     raise _native.Cancelled
-                if all(needed):
-                    ids, logits = model.forward_batch(
-                        tokens, caches, top_k=min(max(needed), self.config.vocab_size), cancel=flag
-                    )
-                else:
-                    logits = model.forward_batch(tokens, caches, cancel=flag)
+                rows = _rows(model.forward_batch(tokens, caches, **wanted, cancel=flag), wanted)
             except _native.Cancelled:
                 yield [s.end("cancelled") for s in [*live, *waiting]]
                 return
-            yield [s.take(None if ids is None else ids[i], logits[i], began) for i, s in enumerate(live)]
+            yield [s.take(rows, i, began) for i, s in enumerate(live)]
             cloned = {id(s.first) for s in waiting}
             for s in sequences:
                 if s.finish_reason and id(s) in own and id(s) not in cloned:
                     s.cache = None
             live = [s for s in live if not s.finish_reason]
+
+    def _wanted(self, live: list[_Sequence], guesses: Sequence[int] = ()) -> dict[str, Any]:
+        """What the next step is to return: nothing said for all logits."""
+        needed = [s.params.best_needed for s in live]
+        vocab = self.config.vocab_size
+        if not all(needed):
+            return {}
+        if not any(s.params.reshapes for s in live):
+            return {"top_k": min(max(needed), vocab)}
+        # Guesses that prove right are penalised within the step.
+        also = np.unique(np.concatenate([s.sampler.changed(vocab) for s in live] + [np.asarray(guesses, np.int32)]))
+        k = min(max(needed), vocab - len(also))
+        if len(also) > MOST_CHANGED or k < 1:
+            return {}
+        return {"top_k": k, "also": also} if len(also) else {"top_k": k}
 
     def _guesses(self, s: _Sequence) -> Guesses | None:
         """None unless they are wanted, and a pass of several rows has the bits of single steps."""
@@ -463,23 +494,19 @@ class Gemma:
         start = cache.length
         # A full cache ends a sequence: guesses must not fill it.
         tried = guesses.next(min(s.params.max_tokens - len(s.tokens), cache.capacity - start - 1) - 1)
-        new, needed = [s.tokens[-1], *tried], s.params.best_needed
-        ids: NDArray[np.int32] | None = None
+        wanted = self._wanted([s], tried)
         began = time.perf_counter()
         try:
             if flag.is_set():
                 raise _native.Cancelled
-            if needed:
-                k = min(needed, self.config.vocab_size)
-                ids, logits = model.forward(new, cache, all_logits=True, top_k=k, cancel=flag)
-            else:
-                logits = model.forward(new, cache, all_logits=True, cancel=flag)
+            new = [s.tokens[-1], *tried]
+            rows = _rows(model.forward(new, cache, all_logits=True, **wanted, cancel=flag), wanted)
         except _native.Cancelled:
             cache.truncate(start)
             return s.end("cancelled")
         step, pieces, right = time.perf_counter() - began, [], 0
         for row, guess in enumerate([*tried, None]):
-            pieces.append(s.take(None if ids is None else ids[row], logits[row], began))
+            pieces.append(s.take(rows, row, began))
             began = time.perf_counter()
             if s.finish_reason:
                 break

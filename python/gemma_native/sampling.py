@@ -90,8 +90,8 @@ class SamplingParams:
 
     @property
     def best_needed(self) -> int:
-        """How many of the best raw logits decide the next token; 0: all of them."""
-        if self.reshapes or self.logprobs is not None:
+        """How many of the best raw logits, besides those that are changed one by one, decide the next token; 0: all."""
+        if self.logprobs is not None:
             return 0
         if self.temperature == 0:
             return 1
@@ -174,34 +174,65 @@ class Sampler:
             return self._nucleus(logits)
         return self._draw(np.arange(len(logits)), logits, ordered=False)
 
-    def choose_from(self, ids: NDArray[np.int32], logits: NDArray[np.float32]) -> int:
-        """The next token from the `params.best_needed` best raw logits, best first."""
+    def changed(self, vocab: int) -> NDArray[np.int32]:
+        """The tokens whose logits bias and penalties change now, in order. Raises ValueError for a bias outside the vocabulary."""
+        p = self.params
+        parts = [np.fromiter(p.logit_bias.keys(), np.int64)]
+        if parts[0].size and parts[0].max() >= vocab:
+            raise ValueError(f"logit_bias: token id {parts[0].max()} is outside the vocabulary of {vocab}")
+        if p.repetition_penalty != 1:
+            parts.append(self._prompt)
+        if p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty:
+            parts.append(np.fromiter(self._counts, np.int64, len(self._counts)))
+        return np.unique(np.concatenate(parts)).astype(np.int32)
+
+    def choose_from(
+        self,
+        ids: NDArray[np.int32],
+        logits: NDArray[np.float32],
+        also: NDArray[np.int32] | None = None,
+        also_logits: NDArray[np.float32] | None = None,
+    ) -> int:
+        """The next token from the `params.best_needed` best raw logits of the tokens that `also` does not list, best first,
+        and those of `also` (in order), which has all that are `changed`."""
+        k = self.params.top_k if self.params.temperature else 1
+        if also is not None and also_logits is not None:
+            if np.isnan(also_logits).any():  # a sort would hide it
+                _refuse_nan(math.nan)
+            ids = np.concatenate([ids[:k], also])
+            logits = np.concatenate([logits[:k], self._reshaped(also_logits, also)])
+            order = np.lexsort((ids, -logits))
+            ids, logits = ids[order], logits[order]
         if self.params.temperature == 0:
             _refuse_nan(logits[0])
             return self._chosen(int(ids[0]))
-        k = self.params.top_k
         return self._draw(ids[:k].astype(np.int64), logits[:k])
 
     def _chosen(self, token: int) -> int:
         self._counts[token] = self._counts.get(token, 0) + 1
         return token
 
-    def _reshaped(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _reshaped(self, logits: NDArray[np.float32], ids: NDArray[np.int32] | None = None) -> NDArray[np.float32]:
+        """After bias and penalties. logits: of every token, or of `ids`, in order, which has all that change."""
         p = self.params
         out: NDArray[np.float32] = logits.copy()
+
+        def places(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+            return tokens if ids is None else np.searchsorted(ids, tokens)
+
         if p.logit_bias:
             tokens = np.fromiter(p.logit_bias.keys(), np.int64)
-            if tokens.max() >= len(out):
+            if ids is None and tokens.max() >= len(out):
                 raise ValueError(f"logit_bias: token id {tokens.max()} is outside the vocabulary of {len(out)}")
-            out[tokens] += np.fromiter(p.logit_bias.values(), np.float32)
+            out[places(tokens)] += np.fromiter(p.logit_bias.values(), np.float32)
         if p.repetition_penalty != 1:
-            seen = np.union1d(self._prompt, np.fromiter(self._counts, np.int64, len(self._counts)))
+            seen = places(np.union1d(self._prompt, np.fromiter(self._counts, np.int64, len(self._counts))))
             values = out[seen]
             out[seen] = np.where(
                 values > 0, values / np.float32(p.repetition_penalty), values * np.float32(p.repetition_penalty)
             )
         if self._counts and (p.presence_penalty or p.frequency_penalty):
-            tokens = np.fromiter(self._counts.keys(), np.int64)
+            tokens = places(np.fromiter(self._counts.keys(), np.int64))
             counts = np.fromiter(self._counts.values(), np.float32)
             out[tokens] -= np.float32(p.presence_penalty) + np.float32(p.frequency_penalty) * counts
         return out
@@ -248,7 +279,7 @@ class Sampler:
         return min(i, int(np.flatnonzero(weights)[-1]))
 
 
-def _refuse_nan(value: np.float32) -> None:
+def _refuse_nan(value: float | np.float32) -> None:
     if not np.isfinite(value):
         raise ValueError(f"the model's best logit is {value}: its weights are broken, or logit_bias bans every token")
 
