@@ -88,8 +88,8 @@ def build(args: argparse.Namespace, target: Path) -> bool:
     begin = time.monotonic()
     command = [
         sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--target", str(target / "site"),
-        "-C", f"build-dir={target / 'build'}", "-C", "cmake.define.GEMMA_NATIVE_CUDA=ON",
-        "-C", "cmake.define.CMAKE_CUDA_ARCHITECTURES=native", str(ROOT),
+        "--config-settings", f"build-dir={target / 'build'}", "-C", "cmake.define.GEMMA_NATIVE_CUDA=ON",
+        "--config-settings", "cmake.define.CMAKE_CUDA_ARCHITECTURES=native", str(ROOT),
     ]  # fmt: skip
     r = subprocess.run(command, capture_output=True, text=True)
     verdict("build with nvcc", r.returncode == 0, f"{time.monotonic() - begin:.0f} s")

@@ -7,6 +7,7 @@ device memory start as NaNs. What is promised to be the same bits is compared as
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,28 @@ def test_runs_agree(get: GetModel) -> None:
     first = all_logits(m, tokens)
     for _ in range(2):
         assert same(all_logits(m, tokens), first)
+
+
+def test_threads_and_models(checkpoint: Callable[[str], Checkpoint], device: str) -> None:
+    """Several models at once, and several threads on one of them."""
+    names = ["gemma-mqa", "gemma3-scaled", "gemma3-scaled"]
+    models = [build(checkpoint(name), device=device) for name in names]
+    tokens = random_tokens(30, 10)
+
+    def run(m: Any) -> bytes:
+        cache = m.new_cache()
+        rows = [m.forward(tokens[:20], cache)] + [m.forward(tokens[i : i + 1], cache) for i in range(20, 24)]
+        return b"".join(row.tobytes() for row in rows)
+
+    alone = [run(m) for m in models]
+    assert alone[1] == alone[2] != alone[0]
+    results: dict[int, bytes] = {}
+    threads = [threading.Thread(target=lambda i=i: results.update({i: run(models[i % 3])})) for i in range(6)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert [results[i] for i in range(6)] == alone * 2
 
 
 # --- caches ---
