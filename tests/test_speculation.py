@@ -11,8 +11,9 @@ import pytest
 import tiny
 
 from gemma_native import _native, speculation
-from gemma_native.gemma import Gemma, _Sequence
+from gemma_native.gemma import Gemma
 from gemma_native.sampling import SamplingParams
+from gemma_native.sequence import Running
 from gemma_native.speculation import MOST_LOST, Guesses
 
 REPEATED = [2, *[7, 21, 33, 48, 90] * 12]
@@ -106,7 +107,7 @@ def test_batches_and_continuations(gemma: Gemma, always: None) -> None:
 
 def test_cancelled(gemma: Gemma, always: None) -> None:
     params = SamplingParams(max_tokens=200, temperature=0, logit_bias=FEW, speculate=True)
-    sequence, flag = _Sequence(REPEATED, params, 0, None, None, frozenset()), gemma._begin()
+    sequence, flag = Running(REPEATED, params, 0, None, None, frozenset()), gemma._begin()
     steps = gemma._steps([sequence], flag)
     for _ in range(30):
         next(steps)

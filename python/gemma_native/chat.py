@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .gemma import Completion, Gemma, Stream, _Sequence
+from .gemma import Gemma, Stream
 from .sampling import SamplingParams, make_params
+from .sequence import Completion, Running
 
 if TYPE_CHECKING:
     from ._native import Cache
@@ -67,7 +68,7 @@ class Chat:
         if self._cache is None:
             self._cache = gemma.model.new_cache(gemma._context)
         ends = gemma._ends(chosen) | {self._end}
-        sequence = _Sequence(prompt, chosen, 0, self._cache, gemma.tokenizer, ends)
+        sequence = Running(prompt, chosen, 0, self._cache, gemma.tokenizer, ends)
         self._open = ChatStream(self, text, sequence)
         return self._open
 
@@ -92,7 +93,7 @@ class Chat:
             except ValueError:  # sliding layers no longer hold that far back: everything is read again
                 self._cache = None
 
-    def _close_turn(self, text: str, sequence: _Sequence) -> None:
+    def _close_turn(self, text: str, sequence: Running) -> None:
         """The answer is over: it becomes history, unless not even its prompt was read."""
         self._open = None
         length = sequence.cache.length if sequence.cache is not None else 0
@@ -108,7 +109,7 @@ class Chat:
 class ChatStream(Stream):
     """The pieces of an answer; see `Stream`."""
 
-    def __init__(self, chat: Chat, text: str, sequence: _Sequence) -> None:
+    def __init__(self, chat: Chat, text: str, sequence: Running) -> None:
         self._chat, self._said = chat, text
         super().__init__(chat._gemma, sequence)
 

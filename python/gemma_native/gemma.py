@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from . import _native
 from .config import Config
-from .sampling import Sampler, SamplingParams, TokenLogprob, make_params, token_logprob
+from .sampling import SamplingParams, make_params
+from .sequence import Completion, Rows, Running
 from .speculation import Guesses
 from .weights import Progress, open_checkpoint
 
@@ -31,29 +32,6 @@ if TYPE_CHECKING:
 
 MAX_BATCH = 64  # sequences that run at once; more prompts wait their turn, so that their caches need not exist yet
 MOST_CHANGED = 2048  # tokens with biases and penalties, beyond which all logits are asked for
-
-
-@dataclass
-class Completion:
-    """What a prompt was continued with. `str(completion)` is its text."""
-
-    tokens: list[int]  # without the token that ended it
-    finish_reason: str  # "stop" | "length" | "cancelled"
-    prompt_tokens: int
-    # prefill_s, decode_s, first_token_s, prefill_tokens_per_s, decode_tokens_per_s; with speculate: guessed, guessed_right (tokens)
-    timings: dict[str, float]
-    logprobs: list[TokenLogprob] | None = None  # one a token, where they were asked for
-    _text: str | None = None
-
-    @property
-    def text(self) -> str:
-        """Without the stop string, if one ended it. Raises ValueError for a checkpoint without a tokenizer."""
-        if self._text is None:
-            raise ValueError("this checkpoint has no tokenizer: there are .tokens, but no .text")
-        return self._text
-
-    def __str__(self) -> str:
-        return self.text
 
 
 @dataclass
@@ -68,140 +46,10 @@ class Score:
         self.perplexity = math.exp(-float(self.logprobs.mean(dtype=np.float64)))
 
 
-class _Text:
-    """A sequence's text as its tokens come: whole characters only, held back while they may begin a stop string."""
-
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
-        from .tokenizer import Detokenizer
-
-        self._out = Detokenizer(tokenizer)
-        self._stops = list(stops)
-        self._held = ""
-        self.text = ""  # all that was given out
-
-    def push(self, token: int) -> tuple[str, bool]:
-        """(new text, whether a stop string was met)."""
-        return self._give(self._out.push(token))
-
-    def finish(self) -> str:
-        """The rest, when generation ends for another reason."""
-        piece, stopped = self._give(self._out.flush())
-        if stopped:
-            return piece
-        self.text += self._held
-        piece, self._held = piece + self._held, ""
-        return piece
-
-    def _give(self, new: str) -> tuple[str, bool]:
-        self._held += new
-        found = [i for i in (self._held.find(s) for s in self._stops) if i >= 0]
-        if found:
-            keep, stopped = min(found), True
-        else:
-            # The longest tail that a stop string could still begin with.
-            tail = max((n for s in self._stops for n in range(1, len(s)) if self._held.endswith(s[:n])), default=0)
-            keep, stopped = len(self._held) - tail, False
-        piece, self._held = self._held[:keep], "" if stopped else self._held[keep:]
-        self.text += piece
-        return piece, stopped
-
-
-@dataclass
-class _Rows:
-    """What a step gave for each of its rows: all logits, or the best, best first, and those of the tokens `also`."""
-
-    logits: NDArray[np.float32]
-    ids: NDArray[np.int32] | None = None
-    also: NDArray[np.int32] | None = None
-    also_logits: NDArray[np.float32] | None = None
-
-
-class _Sequence:
-    """One running continuation."""
-
-    def __init__(
-        self,
-        prompt: list[int],
-        params: SamplingParams,
-        index: int,
-        cache: _native.Cache | None,
-        tokenizer: Tokenizer | None,
-        ends: frozenset[int],
-    ) -> None:
-        self.prompt = prompt
-        self.params = params
-        self.cache = cache  # None: made when it starts, and given back when it ends
-        self.first = self  # the one of its prompt's n that reads the prompt; the others start from a clone of its cache
-        self.sampler = Sampler(params, prompt, index)
-        self.text = _Text(tokenizer, params.stop) if tokenizer is not None else None
-        self.ends = ends
-        self.tokens: list[int] = []
-        self.logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
-        self.finish_reason = ""
-        self.cut = False  # by a stop string
-        self.read = 0  # tokens of the prompt that were computed
-        self.guesses: Guesses | None = None
-        self.started = time.perf_counter()
-        self.first_s = self.prefill_s = self.decode_s = 0.0
-
-    def take(self, rows: _Rows, row: int, began: float) -> str:
-        """Chooses the next token, in the step that began then, and returns the text that it completes."""
-        logits = rows.logits[row]
-        if rows.ids is None:
-            token = self.sampler.choose(logits)
-        else:
-            also_logits = None if rows.also is None or rows.also_logits is None else rows.also_logits[row]
-            token = self.sampler.choose_from(rows.ids[row], logits, rows.also, also_logits)
-        now = time.perf_counter()
-        if not self.tokens:
-            self.first_s, self.prefill_s = now - self.started, now - began
-        else:
-            self.decode_s += now - began
-        if token in self.ends:
-            return self.end("stop")
-        self.tokens.append(token)
-        if self.logprobs is not None:
-            self.logprobs.append(token_logprob(logits, token, self.params.logprobs or 0))
-        piece = ""
-        if self.text is not None:
-            piece, stopped = self.text.push(token)
-            if stopped:
-                self.finish_reason, self.cut = "stop", True
-                return piece
-        assert self.cache is not None
-        if len(self.tokens) >= self.params.max_tokens or self.cache.length >= self.cache.capacity:
-            piece += self.end("length")
-        return piece
-
-    def end(self, reason: str) -> str:
-        self.finish_reason = reason
-        return self.text.finish() if self.text is not None else ""
-
-    def result(self) -> Completion:
-        prefill, decode = self.prefill_s, self.decode_s
-        timings = {
-            "prefill_s": prefill,
-            "decode_s": decode,
-            "first_token_s": self.first_s,
-            "prefill_tokens_per_s": self.read / prefill if prefill > 0 else 0.0,
-            "decode_tokens_per_s": (len(self.tokens) - 1) / decode if decode > 0 and len(self.tokens) > 1 else 0.0,
-        }
-        if self.guesses is not None:
-            timings |= {"guessed": self.guesses.guessed, "guessed_right": self.guesses.right}
-        text = self.text.text if self.text is not None else None
-        return Completion(self.tokens, self.finish_reason, len(self.prompt), timings, self.logprobs, text)
-
-
-def _rows(results: Any, wanted: dict[str, Any]) -> _Rows:
-    if "top_k" not in wanted:
-        return _Rows(results)
-    return _Rows(results[1], results[0], wanted.get("also"), results[2] if "also" in wanted else None)
-
-
 class Stream(Iterator[str]):
     """Pieces of text as they are generated. Leaving the loop stops the work; `result` is there at the end."""
 
-    def __init__(self, gemma: Gemma, sequence: _Sequence) -> None:
+    def __init__(self, gemma: Gemma, sequence: Running) -> None:
         self._gemma = gemma
         self._sequence = sequence
         self._flag = gemma._begin()
@@ -419,12 +267,12 @@ class Gemma:
     def _end(self, flag: _native.CancelFlag) -> None:
         self._running.discard(flag)
 
-    def _steps(self, sequences: list[_Sequence], flag: _native.CancelFlag) -> Generator[list[str], None, None]:
+    def _steps(self, sequences: list[Running], flag: _native.CancelFlag) -> Generator[list[str], None, None]:
         """Runs sequences to their ends, at most MAX_BATCH at once; after each step yields the text that it gave each of
         those. Prompts are appended to the caches as far as they are not there yet."""
         model = self.model
         waiting = deque(sequences)
-        live: list[_Sequence] = []
+        live: list[Running] = []
         own = {id(s) for s in sequences if s.cache is None}
         while True:
             while waiting and len(live) < MAX_BATCH and self._start(waiting[0]):
@@ -451,7 +299,7 @@ class Gemma:
             try:
                 if flag.is_set():
                     raise _native.Cancelled
-                rows = _rows(model.forward_batch(tokens, caches, **wanted, cancel=flag), wanted)
+                rows = Rows.of(model.forward_batch(tokens, caches, **wanted, cancel=flag), wanted)
             except _native.Cancelled:
                 yield [s.end("cancelled") for s in [*live, *waiting]]
                 return
@@ -462,7 +310,7 @@ class Gemma:
                     s.cache = None
             live = [s for s in live if not s.finish_reason]
 
-    def _wanted(self, live: list[_Sequence], guesses: Sequence[int] = ()) -> dict[str, Any]:
+    def _wanted(self, live: list[Running], guesses: Sequence[int] = ()) -> dict[str, Any]:
         """What the next step is to return: nothing said for all logits."""
         needed = [s.params.best_needed for s in live]
         vocab = self.config.vocab_size
@@ -477,7 +325,7 @@ class Gemma:
             return {}
         return {"top_k": k, "also": also} if len(also) else {"top_k": k}
 
-    def _guesses(self, s: _Sequence) -> Guesses | None:
+    def _guesses(self, s: Running) -> Guesses | None:
         """None unless they are wanted, and a pass of several rows has the bits of single steps."""
         if (
             s.guesses is None
@@ -487,7 +335,7 @@ class Gemma:
             s.guesses = Guesses([*s.prompt, *s.tokens])
         return s.guesses
 
-    def _checked_step(self, s: _Sequence, guesses: Guesses, flag: _native.CancelFlag) -> str:
+    def _checked_step(self, s: Running, guesses: Guesses, flag: _native.CancelFlag) -> str:
         """A step with as many guesses as there are: the text of one token or more."""
         cache, model = s.cache, self.model
         assert cache is not None
@@ -500,7 +348,7 @@ class Gemma:
             if flag.is_set():
                 raise _native.Cancelled
             new = [s.tokens[-1], *tried]
-            rows = _rows(model.forward(new, cache, all_logits=True, **wanted, cancel=flag), wanted)
+            rows = Rows.of(model.forward(new, cache, all_logits=True, **wanted, cancel=flag), wanted)
         except _native.Cancelled:
             cache.truncate(start)
             return s.end("cancelled")
@@ -518,7 +366,7 @@ class Gemma:
         guesses.took(step, len(tried), right)
         return "".join(pieces)
 
-    def _start(self, s: _Sequence) -> bool:
+    def _start(self, s: Running) -> bool:
         """Gives a sequence its cache. False: it has to wait until the first of its prompt has read the prompt."""
         if s.cache is not None:
             return True
@@ -568,7 +416,7 @@ class Gemma:
                     ends.add(turn)
         return frozenset(ends)
 
-    def _sequences(self, prompts: list[list[int]], params: SamplingParams) -> list[_Sequence]:
+    def _sequences(self, prompts: list[list[int]], params: SamplingParams) -> list[Running]:
         if params.stop and not self.has_tokenizer:
             raise ValueError("stop strings need a tokenizer, which this checkpoint does not have; use stop_tokens")
         for token in params.logit_bias:
@@ -579,7 +427,7 @@ class Gemma:
         self.model  # noqa: B018  (says now if this Gemma is closed)
         out = []
         for ids in prompts:
-            group = [_Sequence(ids, params, i, None, tokenizer, ends) for i in range(params.n)]
+            group = [Running(ids, params, i, None, tokenizer, ends) for i in range(params.n)]
             for s in group:
                 s.first = group[0]
             out += group
