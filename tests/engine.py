@@ -111,3 +111,24 @@ def exit_code(pid: int, seconds: float) -> int | None:
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     return None
+
+
+def check_tokens_beside_the_best(m: Any) -> None:
+    """`also=`: the k best of the other tokens, and the logits of those, for one row, all rows and a batch."""
+    rng = np.random.default_rng(0)
+    prompt = random_tokens(6, 1)
+    logits = m.forward(prompt, m.new_cache(), all_logits=True)
+    vocab = logits.shape[1]
+    for count, k in ((0, 3), (1, 1), (7, 5), (100, 40), (vocab - 1, 1)):
+        also = np.sort(rng.permutation(vocab)[:count]).astype(np.int32)
+        others = np.setdiff1d(np.arange(vocab), also)
+        ids, values, beside = m.forward(prompt, m.new_cache(), all_logits=True, top_k=k, also=also)
+        assert ids.shape == values.shape == (6, k) and beside.shape == (6, count)
+        for row in range(6):
+            best = others[np.lexsort((others, -logits[row][others]))[:k]]
+            assert ids[row].tolist() == best.tolist()
+            assert same(values[row], logits[row][best]) and same(beside[row], logits[row][also])
+        last = m.forward(prompt, m.new_cache(), top_k=k, also=also)
+        assert same(last[0], ids[5]) and same(last[1], values[5]) and same(last[2], beside[5])
+        both = m.forward_batch([prompt, prompt], [m.new_cache(), m.new_cache()], top_k=k, also=also)
+        assert same(both[2][1], beside[5]) and same(both[0][0], ids[5])

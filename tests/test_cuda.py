@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import reference
 import tiny
-from engine import GetModel, all_logits, build, held, random_tokens, row_nse, same, steps
+from engine import GetModel, all_logits, build, check_tokens_beside_the_best, held, random_tokens, row_nse, same, steps
 from make_golden import GOLDEN
 
 from gemma_native import _native
@@ -299,6 +299,11 @@ def test_top_k(get: GetModel) -> None:
     rows = m.forward_batch(prompts, [m.new_cache() for _ in prompts])
     for i, row in enumerate(rows):
         assert ids[i].tolist() == np.lexsort((np.arange(311), -row))[:3].tolist()
+
+
+@pytest.mark.parametrize("case", ["gemma2-gqa", "gemma:Q8_0"])
+def test_tokens_beside_the_best(get: GetModel, case: str) -> None:
+    check_tokens_beside_the_best(get(case, deterministic=True))
 
 
 def test_top_k_ties(checkpoint: Callable[[str], Checkpoint], device: str) -> None:

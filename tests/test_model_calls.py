@@ -22,6 +22,7 @@ from engine import (
     GetModel,
     all_logits,
     build,
+    check_tokens_beside_the_best,
     edited,
     random_tokens,
     same,
@@ -65,29 +66,9 @@ def test_score_and_top_k_of_a_large_vocabulary(speck: Callable[..., Checkpoint])
         assert values.tobytes() == logits[-1][order].tobytes()
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda-emulated"])
 @pytest.mark.parametrize("case", ["gemma2-gqa", "gemma:Q8_0"])
-def test_tokens_beside_the_best(model: GetModel, case: str, device: str) -> None:
-    if device != "cpu" and not hasattr(_native.testing, "emulator"):
-        pytest.skip("built without the emulation")
-    m = model(case) if device == "cpu" else model(case, device=device, deterministic=True)
-    rng = np.random.default_rng(0)
-    prompt = random_tokens(6, 1)
-    logits = m.forward(prompt, m.new_cache(), all_logits=True)
-    vocab = logits.shape[1]
-    for count, k in ((0, 3), (1, 1), (7, 5), (100, 40), (vocab - 1, 1)):
-        also = np.sort(rng.permutation(vocab)[:count]).astype(np.int32)
-        others = np.setdiff1d(np.arange(vocab), also)
-        ids, values, beside = m.forward(prompt, m.new_cache(), all_logits=True, top_k=k, also=also)
-        assert ids.shape == values.shape == (6, k) and beside.shape == (6, count)
-        for row in range(6):
-            best = others[np.lexsort((others, -logits[row][others]))[:k]]
-            assert ids[row].tolist() == best.tolist()
-            assert same(values[row], logits[row][best]) and same(beside[row], logits[row][also])
-        last = m.forward(prompt, m.new_cache(), top_k=k, also=also)
-        assert same(last[0], ids[5]) and same(last[1], values[5]) and same(last[2], beside[5])
-        both = m.forward_batch([prompt, prompt], [m.new_cache(), m.new_cache()], top_k=k, also=also)
-        assert same(both[2][1], beside[5]) and same(both[0][0], ids[5])
+def test_tokens_beside_the_best(model: GetModel, case: str) -> None:
+    check_tokens_beside_the_best(model(case))
 
 
 def test_top_k_of_an_8_bit_head(speck: Callable[..., Checkpoint]) -> None:

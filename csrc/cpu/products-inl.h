@@ -345,6 +345,11 @@ void bf16(const uint16_t* w, int64_t ldw, int rows, int64_t k, const void* acts,
       for (int64_t from = begin; from < end; from += depth) {
         const int64_t to = from + depth < end ? from + depth : end, ldx = piece_stride(from, k);
         const uint8_t* x = static_cast<const uint8_t*>(acts) + piece_at(from, n) + (first + t) * ldx;
+        if (n == 1) {  // row after row: memory is read in one stream, and the next row is on its way
+          for (int r = 0; r < rows; ++r)
+            bf16_steps<1, 1, true>(w + r * ldw, ldw, x, ldx, from, to, tail + r, w + (r + 1) * ldw, sum + r);
+          continue;
+        }
         for (int r = 0; r < rows; r += R) {
           // Hardware prefetch ends with a page: ask for the tile after this one, be it beside it, further along K or the next call's.
           const uint16_t* next = r + R < rows ? w + (r + R) * ldw + from : to < k ? w + to : w + rows * ldw;
