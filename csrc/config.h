@@ -1,6 +1,7 @@
 // The numbers that make a Gemma. Generations differ in these values and in nothing else.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -30,5 +31,15 @@ struct Config {
   bool qk_norm = false;              // RMSNorm on q and k heads before RoPE (Gemma 3)
   bool post_norms = false;           // RMSNorm on each half's output before it is added (Gemma 2, 3)
 };
+
+// A head's E/2 angles a position: base^(-2i/E) / scale, rounded to float32 as transformers does.
+inline std::vector<float> rope_frequencies(float base, float scale, int64_t head_dim) {
+  std::vector<float> f(static_cast<size_t>(head_dim / 2));
+  for (size_t i = 0; i < f.size(); ++i)
+    f[i] = static_cast<float>(
+               std::pow(static_cast<double>(base), -2.0 * static_cast<double>(i) / static_cast<double>(head_dim))) /
+           scale;
+  return f;
+}
 
 }  // namespace gemma

@@ -85,6 +85,8 @@ Model::Model(const Config& config, const std::map<std::string, HostTensor>& tens
   };
   auto vector = [&](const std::string& name, int64_t n) {
     const HostTensor& t = find(name, 1, n, true);
+    GEMMA_CHECK(!encoding(t.type).quantized, "tensor \"", name, "\" is a vector and cannot be quantised (",
+                encoding(t.type).name, ")");
     auto v = backend_->load_vector(t, c.norm_offset);
     listing_.push_back({name, nullptr, v.get(), n});
     return v;

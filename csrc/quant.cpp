@@ -440,6 +440,31 @@ void decode_tiled_row(DType type, const uint8_t* panel, int r, int64_t k, float*
   }
 }
 
+void check_convertible(const HostTensor& s, DType target) {
+  if (s.tiled)
+    GEMMA_CHECK(s.type == target, "tensor \"", s.name, "\" is packed as ", encoding(s.type).name,
+                " and cannot be converted to ", encoding(target).name, "; convert from the original checkpoint");
+  else if (encoding(s.type).quantized)
+    GEMMA_CHECK(s.cols % encoding(s.type).block == 0, "tensor \"", s.name, "\" has rows of ", s.cols,
+                " values, not a multiple of ", encoding(s.type).name, "'s block of ", encoding(s.type).block);
+}
+
+void convert_row(const HostTensor& s, int64_t r, DType target, float* values, uint8_t* out) {
+  decode_row(s.type, s.data + r * row_bytes(s.type, s.cols), s.cols, values);
+  if (target == DType::BF16) {
+    for (int64_t i = 0; i < s.cols; ++i) {
+      const uint16_t b = float_to_bf16(values[i]);
+      std::memcpy(out + 2 * i, &b, 2);
+    }
+    return;
+  }
+  try {
+    encode_row(target, values, s.cols, out);
+  } catch (const InputError& e) {
+    fail("tensor \"", s.name, "\", row ", r, ": ", e.what());
+  }
+}
+
 void tile_panel(DType type, const uint8_t* src, size_t row_stride, int rows, int64_t k, uint8_t* panel) {
   const Encoding& e = encoding(type);
   const Units units(type, k);

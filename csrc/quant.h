@@ -56,6 +56,13 @@ void decode_row(DType type, const uint8_t* row, int64_t k, float* out);
 // float32 to file blocks; type is Q8_0 or Q4_0. k may be any positive number: the last block is padded with zeros.
 void encode_row(DType type, const float* x, int64_t k, uint8_t* row);
 
+// A matrix as the loaders of the backends take it. Throws InputError for panels of another type than `target`, and for rows that are no
+// whole number of blocks.
+void check_convertible(const HostTensor& source, DType target);
+// Row r of `source`, whatever its type, as a file's row of `target` (BF16, Q8_0 or Q4_0). values: cols + 256 floats of scratch. Throws
+// InputError naming tensor and row.
+void convert_row(const HostTensor& source, int64_t r, DType target, float* values, uint8_t* out);
+
 // rows (<= 32) file rows, row_stride bytes apart, to one panel.
 void tile_panel(DType type, const uint8_t* src, size_t row_stride, int rows, int64_t k, uint8_t* panel);
 // Row r of a panel back to the file's blocks.

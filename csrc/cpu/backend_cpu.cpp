@@ -7,6 +7,7 @@
 
 #include "../backend.h"
 #include "../quant.h"
+#include "../select.h"
 #include "head.h"
 #include "kernels.h"
 #include "kv.h"
@@ -46,8 +47,6 @@ class CpuBackend final : public Backend {
   }
 
   std::unique_ptr<Buffer> load_vector(const HostTensor& source, float offset) override {
-    GEMMA_CHECK(!encoding(source.type).quantized, "tensor \"", source.name, "\" is a vector and cannot be quantised (",
-                encoding(source.type).name, ")");
     auto b = std::make_unique<CpuBuffer>();
     resize(*b, source.cols);
     decode_row(source.type, source.data, source.cols, b->data);
@@ -319,11 +318,7 @@ class CpuBackend final : public Backend {
     const int64_t half = E / 2, n = static_cast<int64_t>(positions_.size());
     ropes_.push_back({base, scale, std::vector<float>(n * half), std::vector<float>(n * half)});
     RopeTable& t = ropes_.back();
-    std::vector<float> frequency(half);
-    for (int64_t i = 0; i < half; ++i)
-      frequency[i] = static_cast<float>(
-                         std::pow(static_cast<double>(base), -2.0 * static_cast<double>(i) / static_cast<double>(E))) /
-                     scale;
+    const std::vector<float> frequency = rope_frequencies(base, scale, E);
     pool_.parallel_for(n, 8, [&](int64_t begin, int64_t end, int) {
       for (int64_t r = begin; r < end; ++r)
         for (int64_t i = 0; i < half; ++i) {

@@ -24,7 +24,4 @@ class HeadScan {
   int pause_ = 0, next_pause_ = 1;  // calls to leave out: a text whose next token is open stays so for a while
 };
 
-// The k largest of x[n], largest first, ties to the lower index; NaN counts as -infinity.
-void best(const float* x, int64_t n, int64_t k, int32_t* ids, float* values);
-
 }  // namespace gemma

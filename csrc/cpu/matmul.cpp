@@ -7,27 +7,6 @@
 
 namespace gemma {
 
-namespace {
-
-// Row r, whatever its type, through float32 (values[cols]) into `target`.
-void convert_row(const HostTensor& s, int64_t r, DType target, float* values, uint8_t* out) {
-  decode_row(s.type, s.data + r * row_bytes(s.type, s.cols), s.cols, values);
-  if (target == DType::BF16) {
-    for (int64_t i = 0; i < s.cols; ++i) {
-      const uint16_t b = float_to_bf16(values[i]);
-      std::memcpy(out + 2 * i, &b, 2);
-    }
-    return;
-  }
-  try {
-    encode_row(target, values, s.cols, out);
-  } catch (const InputError& e) {
-    fail("tensor \"", s.name, "\", row ", r, ": ", e.what());
-  }
-}
-
-}  // namespace
-
 std::unique_ptr<CpuMatrix> load_cpu_matrix(ThreadPool& pool, const HostTensor& s, DType target,
                                            const Consumed& consumed) {
   auto m = std::make_unique<CpuMatrix>();
@@ -36,18 +15,13 @@ std::unique_ptr<CpuMatrix> load_cpu_matrix(ThreadPool& pool, const HostTensor& s
   m->cols = s.cols;
   const bool tiled = encoding(target).quantized;
   m->bytes = tiled ? tiled_bytes(target, s.rows, s.cols) : row_bytes(DType::BF16, s.cols) * s.rows;
-  if (s.tiled || (s.type == DType::BF16 && target == DType::BF16)) {
-    GEMMA_CHECK(s.type == target, "tensor \"", s.name, "\" is packed as ", encoding(s.type).name,
-                " and cannot be converted to ", encoding(target).name, "; convert from the original checkpoint");
-    if (s.tiled || reinterpret_cast<uintptr_t>(s.data) % 2 == 0) {
-      m->data = s.data;
-      m->in_place = true;
-      return m;
-    }
+  check_convertible(s, target);
+  const bool rows_as_wanted = s.type == DType::BF16 && target == DType::BF16;
+  if (s.tiled || (rows_as_wanted && reinterpret_cast<uintptr_t>(s.data) % 2 == 0)) {
+    m->data = s.data;
+    m->in_place = true;
+    return m;
   }
-  if (encoding(s.type).quantized)
-    GEMMA_CHECK(s.cols % encoding(s.type).block == 0, "tensor \"", s.name, "\" has rows of ", s.cols,
-                " values, not a multiple of ", encoding(s.type).name, "'s block of ", encoding(s.type).block);
 
   m->owned.grow(m->bytes);
   uint8_t* out = m->owned.data();

@@ -37,9 +37,10 @@ GEMMA_DEVICE T from_float(float v) {
 }
 
 // Partial softmax of one row's query heads of a group over 64 keys. Bytes: the split's keys and values once for all heads of the
-// group; writes e + 2 floats a head. Where q is not given, the kernel norms and rotates it itself (each block again), and the block that
-// has the row's own position does so with its key and puts key and value into the cache. Layout: block (split, group, row); K and V come to shared memory by cp.async (float32: V takes
-// K's place); a warp takes every 4th head: a lane scores keys l and l + 32, then owns every 32nd run of 16 bytes of the values.
+// group; writes e + 2 floats a head. Where q is not given, the kernel norms and rotates it itself (each block again), and the block
+// that has the row's own position does so with its key and puts key and value into the cache.
+// Layout: block (split, group, row); K and V come to shared memory by cp.async (float32: V takes K's place); a warp takes every 4th
+// head: a lane scores keys l and l + 32, then owns every 32nd run of 16 bytes of the values.
 template <class T>
 GEMMA_KERNEL GEMMA_BOUNDS(kThreads, 3) attend_kernel(AttentionArgs a) {
   start();

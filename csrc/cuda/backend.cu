@@ -6,6 +6,7 @@
 #include <mutex>
 
 #include "../quant.h"
+#include "../select.h"
 #include "cublas.h"
 #include "kernels.h"
 #include "layout.h"
@@ -72,8 +73,6 @@ class CudaBackend final : public Backend {
   }
 
   std::unique_ptr<Buffer> load_vector(const HostTensor& source, float offset) override {
-    GEMMA_CHECK(!encoding(source.type).quantized, "tensor \"", source.name, "\" is a vector and cannot be quantised (",
-                encoding(source.type).name, ")");
     std::vector<float> values(source.cols);
     decode_row(source.type, source.data, source.cols, values.data());
     for (float& v : values) v += offset;
@@ -125,11 +124,7 @@ class CudaBackend final : public Backend {
     const int64_t row = c.num_heads * most_splits(c) * (e + 2) * 4;
     partial_ = reserve(std::max(row, std::min<int64_t>(64 << 20, row * kMaxRows)));
     for (const auto& [base, scale] : {std::pair(c.rope_base, c.rope_scale), std::pair(c.rope_base_local, 1.0f)}) {
-      std::vector<float> f(E / 2);
-      for (int64_t i = 0; i < E / 2; ++i)
-        f[i] = static_cast<float>(
-                   std::pow(static_cast<double>(base), -2.0 * static_cast<double>(i) / static_cast<double>(E))) /
-               scale;
+      const std::vector<float> f = rope_frequencies(base, scale, E);
       Memory& m = frequencies_[{base, scale}] = reserve(E * 2);
       device_->upload(m.data(), f.data(), f.size() * sizeof(float));
     }
@@ -310,7 +305,7 @@ class CudaBackend final : public Backend {
           for (int64_t j = 0; j < listed; ++j)
             b.also_values[(first + i) * listed + j] =
                 std::exchange(row[b.also[j]], -std::numeric_limits<float>::infinity());
-          best_of(row, V, k, b.ids + (first + i) * k, b.values + (first + i) * k);
+          best(row, V, k, b.ids + (first + i) * k, b.values + (first + i) * k);
         }
         return;
       }
@@ -403,18 +398,6 @@ class CudaBackend final : public Backend {
               After::store, exact);
       if (c.final_softcap > 0) softcap(*device_, logits_.floats(), n * c.vocab_size, c.final_softcap);
       f(first, n);
-    }
-  }
-
-  static void best_of(const float* x, int64_t n, int64_t k, int32_t* ids, float* values) {
-    std::vector<int32_t> order(n);
-    for (int64_t i = 0; i < n; ++i) order[i] = static_cast<int32_t>(i);
-    auto key = [&](int32_t i) { return std::isnan(x[i]) ? -std::numeric_limits<float>::infinity() : x[i]; };
-    std::partial_sort(order.begin(), order.begin() + k, order.end(),
-                      [&](int32_t a, int32_t b) { return key(a) > key(b) || (key(a) == key(b) && a < b); });
-    for (int64_t i = 0; i < k; ++i) {
-      ids[i] = order[i];
-      values[i] = x[order[i]];
     }
   }
 

@@ -81,7 +81,6 @@ GEMMA_HOST_DEVICE float float_of_half(uint16_t h) {
 // ---- CUDA --------------------------------------------------------------------------------------------------------------
 
 GEMMA_DEVICE int thread_x() { return static_cast<int>(threadIdx.x); }
-GEMMA_DEVICE int threads_x() { return static_cast<int>(blockDim.x); }
 GEMMA_DEVICE int block_x() { return static_cast<int>(blockIdx.x); }
 GEMMA_DEVICE int block_y() { return static_cast<int>(blockIdx.y); }
 GEMMA_DEVICE int block_z() { return static_cast<int>(blockIdx.z); }

@@ -113,17 +113,7 @@ const uint8_t* source_row(const HostTensor& s, int64_t r, DType target, std::vec
   }
   const uint8_t* row = s.data + static_cast<size_t>(r) * row_bytes(s.type, s.cols);
   if (s.type == target) return row;
-  decode_row(s.type, row, s.cols, values.data());
-  if (target == DType::BF16) {
-    auto* b = reinterpret_cast<uint16_t*>(out.data());
-    for (int64_t i = 0; i < s.cols; ++i) b[i] = float_to_bf16(values[i]);
-  } else {
-    try {
-      encode_row(target, values.data(), s.cols, out.data());
-    } catch (const InputError& e) {
-      fail("tensor \"", s.name, "\", row ", r, ": ", e.what());
-    }
-  }
+  convert_row(s, r, target, values.data(), out.data());
   return out.data();
 }
 
@@ -131,12 +121,7 @@ const uint8_t* source_row(const HostTensor& s, int64_t r, DType target, std::vec
 
 std::unique_ptr<GpuMatrix> load_gpu_matrix(const std::shared_ptr<Device>& device, const HostTensor& s, DType target,
                                            const Consumed& consumed) {
-  if (s.tiled)
-    GEMMA_CHECK(s.type == target, "tensor \"", s.name, "\" is packed as ", encoding(s.type).name,
-                " and cannot be converted to ", encoding(target).name, "; convert from the original checkpoint");
-  else if (encoding(s.type).quantized)
-    GEMMA_CHECK(s.cols % encoding(s.type).block == 0, "tensor \"", s.name, "\" has rows of ", s.cols,
-                " values, not a multiple of ", encoding(s.type).name, "'s block of ", encoding(s.type).block);
+  check_convertible(s, target);
   auto m = std::make_unique<GpuMatrix>();
   m->type = target;
   m->rows = s.rows;

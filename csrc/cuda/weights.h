@@ -141,7 +141,7 @@ GEMMA_DEVICE void eight_scaled(const Piece<T>& p, int part, float* out) {
   }
 }
 
-// Calls f with the type as a template argument: f.template operator()<T>().
+// Calls f.run<T>() with the type as T.
 template <class F>
 void with_type(DType t, F&& f) {
   switch (t) {

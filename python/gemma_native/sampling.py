@@ -39,9 +39,7 @@ class SamplingParams:
     ignore_eos: bool = False  # go on past the model's own end tokens
     logprobs: int | None = None  # record log-probabilities of the chosen token and the k best
     n: int = 1  # continuations of each prompt
-    speculate: bool = (
-        False  # guess tokens from the text so far and check several at once: the same output, maybe sooner
-    )
+    speculate: bool = False  # guess repeated text, check several tokens at once: the same output, maybe sooner
 
     def __post_init__(self) -> None:
         _integer(self, "max_tokens", 1)
@@ -161,7 +159,9 @@ class Sampler:
         """The next token from raw logits [vocab]."""
         p = self.params
         if p.reshapes:
-            logits = self._reshaped(logits)
+            changed = self.changed(len(logits))
+            logits = logits.copy()
+            logits[changed] = self._reshaped(logits[changed], changed)
         if p.temperature == 0:
             token = int(logits.argmax())
             _refuse_nan(logits[token])
@@ -212,18 +212,16 @@ class Sampler:
         self._counts[token] = self._counts.get(token, 0) + 1
         return token
 
-    def _reshaped(self, logits: NDArray[np.float32], ids: NDArray[np.int32] | None = None) -> NDArray[np.float32]:
-        """After bias and penalties. logits: of every token, or of `ids`, in order, which has all that change."""
+    def _reshaped(self, logits: NDArray[np.float32], ids: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Logits of the tokens `ids` (in order, with all that are `changed`) after bias and penalties."""
         p = self.params
         out: NDArray[np.float32] = logits.copy()
 
         def places(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
-            return tokens if ids is None else np.searchsorted(ids, tokens)
+            return np.searchsorted(ids, tokens)
 
         if p.logit_bias:
             tokens = np.fromiter(p.logit_bias.keys(), np.int64)
-            if ids is None and tokens.max() >= len(out):
-                raise ValueError(f"logit_bias: token id {tokens.max()} is outside the vocabulary of {len(out)}")
             out[places(tokens)] += np.fromiter(p.logit_bias.values(), np.float32)
         if p.repetition_penalty != 1:
             seen = places(np.union1d(self._prompt, np.fromiter(self._counts, np.int64, len(self._counts))))
