@@ -200,20 +200,24 @@ void quantize(const float* x, int64_t ldx, int n, int64_t k, bool fine, int8_t* 
   }
 }
 
-constexpr int64_t kDepth = 1024;  // K values that the rows of a packed piece share
-
 int64_t pack_bytes(int64_t k) { return (k + 31) / 32 * 32 * V::kPackedSize; }
 
-// Where K values [from, from + kDepth) of row 0 begin among `rows` packed rows, and how far apart the rows are there: a piece is
-// contiguous, so that it fills a cache evenly.
-inline int64_t piece_at(int64_t from, int64_t rows) { return from * rows * V::kPackedSize; }
-inline int64_t piece_stride(int64_t from, int64_t k) { return pack_bytes(k - from < kDepth ? k - from : kDepth); }
+// Packed rows lie in pieces of K values, each contiguous over the rows, so that it fills a cache evenly. With one chunk of rows the
+// weights come from memory, and shorter pieces share the first cache better.
+inline int64_t piece(int64_t rows) { return rows <= kActChunk ? 1024 : 2048; }
+// How far apart the rows of the piece with value `at` are, and where that value of a row lies.
+inline int64_t piece_stride(int64_t at, int64_t k, int64_t rows) {
+  const int64_t rest = k - at / piece(rows) * piece(rows);
+  return pack_bytes(rest < piece(rows) ? rest : piece(rows));
+}
+inline int64_t packed_at(int64_t at, int64_t k, int64_t row, int64_t rows) {
+  const int64_t from = at / piece(rows) * piece(rows);
+  return (from * rows + at - from) * V::kPackedSize + row * piece_stride(at, k, rows);
+}
 
 void pack(const float* x, int64_t at, int64_t count, int64_t k, void* out, int64_t row, int64_t rows) {
   for (int64_t i = at; i < at + count; i += 32, x += 32) {
-    const int64_t from = i / kDepth * kDepth;
-    uint8_t* o =
-        static_cast<uint8_t*>(out) + piece_at(from, rows) + row * piece_stride(from, k) + (i - from) * V::kPackedSize;
+    uint8_t* o = static_cast<uint8_t*>(out) + packed_at(i, k, row, rows);
     if (i + 32 <= at + count) {
       V::pack32(x, o);
     } else {

@@ -121,8 +121,6 @@ struct Panel {
   int64_t index;
   int rows() const { return static_cast<int>(std::min<int64_t>(kPanel, w->rows - index * kPanel)); }
   const uint8_t* data() const { return w->at_row(index * kPanel); }
-  const uint16_t* bf16 = nullptr;  // rows of bf16 weights, ld apart
-  int64_t ld = 0;
 };
 
 constexpr int kGroup = 4;              // panels that meet a chunk of activations together
@@ -130,14 +128,17 @@ constexpr int64_t kGroupBlocks = 128;  // blocks along K at a time, so that both
 constexpr int kTile = kActChunk * kPanel;
 constexpr int64_t kManyRows = 16;  // fewer rows wait for memory, and each panel is better read in one go
 
-// tiles[p][m][32] = panels[p] times rows [m0, m0 + m) of the activations
+// tiles[p][m][32] = panels[p] times rows [m0, m0 + m) of the activations. `again`: not the first such call for these panels.
 void group_product(const Kernels& kernels, const Activations& x, const Panel* panels, int count, int64_t m0, int m,
-                   float* tiles) {
+                   bool again, float* tiles) {
+  static thread_local Memory scratch;
+  const size_t room = x.blocks() * kBlock * kBf16Rows * sizeof(uint16_t);
+  if (x.bf16() && x.n > 1) scratch.grow(std::max<size_t>(1u << 20, count * room));
   for (int p = 0; p < count; ++p) {
     const CpuMatrix& w = *panels[p].w;
     if (encoding(w.type).quantized) continue;
-    kernels.bf16(panels[p].bf16, panels[p].ld, panels[p].rows(), w.cols, x.packed(), m0, m, x.n, tiles + p * kTile,
-                 kPanel);
+    kernels.bf16(reinterpret_cast<const uint16_t*>(panels[p].data()), w.cols, panels[p].rows(), w.cols, x.packed(), m0,
+                 m, x.n, reinterpret_cast<uint16_t*>(scratch.data() + p * room), again, tiles + p * kTile, kPanel);
   }
   const int64_t step = count > 1 ? kGroupBlocks : x.blocks();
   for (int64_t from = 0; from < x.blocks(); from += step)
@@ -151,33 +152,13 @@ void group_product(const Kernels& kernels, const Activations& x, const Panel* pa
     }
 }
 
-// Where the rows of bf16 panels lie: in the file's order, or, for many activation rows, copied to where they are closer together than
-// the pages and cache sets that a power of two between them would crowd.
-void place_bf16(Panel* panels, int count, bool copy) {
-  static thread_local Memory scratch;
-  for (int p = 0; p < count; ++p) {
-    const int64_t k = panels[p].w->cols;
-    if (encoding(panels[p].w->type).quantized) continue;
-    panels[p].bf16 = reinterpret_cast<const uint16_t*>(panels[p].data());
-    panels[p].ld = k;
-    if (!copy) continue;
-    panels[p].ld = k + 32;
-    const size_t bytes = panels[p].ld * sizeof(uint16_t);
-    scratch.grow(std::max<size_t>(1u << 20, count * kPanel * bytes));
-    uint8_t* out = scratch.data() + p * kPanel * bytes;
-    for (int r = 0; r < panels[p].rows(); ++r)
-      std::memcpy(out + r * bytes, panels[p].bf16 + r * k, k * sizeof(uint16_t));
-    panels[p].bf16 = reinterpret_cast<const uint16_t*>(out);
-  }
-}
-
 // Every panel of a list, `each` of them side by side, times every row: done(i, panels, m0, m, tiles) for the i-th of them.
 template <class At, class Done>
 void each_product(const Kernels& kernels, ThreadPool& pool, const Activations& x, int64_t total, int each, size_t bytes,
                   At at, Done done) {
   const int group = x.n < kManyRows || x.bf16() ? each : kGroup;
   // Rows of activations that a sweep over the weights takes: as many as stay in a share of the last cache.
-  constexpr size_t kCache = 4u << 20;
+  constexpr size_t kCache = 8u << 20;
   const int64_t sweep = std::max<int64_t>(1, static_cast<int64_t>(kCache / x.row_bytes()) / kActChunk) * kActChunk;
   int64_t grain = grain_of(pool, bytes, total);
   if (x.n >= kManyRows) grain = std::max<int64_t>(grain, std::min<int64_t>(kGroup / each, total / (4 * pool.size())));
@@ -188,10 +169,9 @@ void each_product(const Kernels& kernels, ThreadPool& pool, const Activations& x
       for (int64_t i = begin; i < end; i += group / each) {
         const int count = static_cast<int>(std::min<int64_t>(group / each, end - i));
         for (int j = 0; j < count; ++j) at(i + j, panels + j * each);
-        if (x.bf16()) place_bf16(panels, count * each, x.n >= 2 * kActChunk);
         for (int64_t m0 = from; m0 < std::min(x.n, from + sweep); m0 += kActChunk) {
           const int m = static_cast<int>(std::min<int64_t>(kActChunk, x.n - m0));
-          group_product(kernels, x, panels, count * each, m0, m, tiles);
+          group_product(kernels, x, panels, count * each, m0, m, m0 > from, tiles);
           for (int j = 0; j < count; ++j) done(i + j, panels + j * each, m0, m, tiles + j * each * kTile);
         }
       }

@@ -284,27 +284,51 @@ constexpr int kStep = V::kBf16Step;
 // K values of a panel's weights at a time, which stay in L2. A tile's piece of activations stays in L1.
 constexpr int64_t kSpan = 4096;
 
-// Adds K values [from, to) to the sums of R weight rows and M activation rows; `from` 0 starts them. `tail` holds the last values
-// of each weight row, padded with zeros. `ahead` is where the next tile's weights lie, null when they are in the cache.
-template <int R, int M, bool AHEAD>
-inline void bf16_steps(const uint16_t* w, int64_t ldw, const uint8_t* x, int64_t ldx, int64_t from, int64_t to,
-                       const uint16_t (*tail)[32], const uint16_t* ahead, V::Sum (*sum)[V::kBf16TileX]) {
+// Where the weights of a tile of R rows come from: the file's rows, ldw apart; or, PACKED, steps of R rows side by side, which the
+// first tile of activations leaves in `pack`. Files align their rows to 32 bytes at best, so that most loads would meet two cache lines.
+struct Bf16Rows {
+  const uint16_t* w;
+  int64_t ldw;
+  const uint16_t (*tail)[32];  // the last values of each row, padded with zeros
+  uint16_t* pack;              // at K value `from`; null: nothing is kept
+  const uint16_t* ahead;       // where the next tile's weights lie; null when they are in the cache
+  const uint8_t* x_ahead;      // activations that are wanted after these: a cache line a step
+};
+
+// Adds K values [from, to) to the sums of R weight rows and M activation rows; `from` 0 starts them.
+template <int R, int M, bool PACKED>
+inline void bf16_steps(const Bf16Rows& a, const uint8_t* x, int64_t ldx, int64_t from, int64_t to,
+                       V::Sum (*sum)[V::kBf16TileX]) {
   V::Sum s[R][M];
   for (int r = 0; r < R; ++r)
     for (int m = 0; m < M; ++m) s[r][m] = from ? sum[r][m] : V::sum_zero();
-  int64_t i = from;
-  for (; i + kStep <= to; i += kStep) {
+  auto step = [&](const uint16_t* w, int64_t ldw, int64_t i) {
     V::Wide v[R];
-    for (int r = 0; r < R; ++r) {
-      v[r] = V::load_w(w + r * ldw + i);
-      if (AHEAD) GEMMA_PREFETCH(ahead + r * ldw + (i - from));
+    for (int r = 0; r < R; ++r) v[r] = V::load_w(w + r * ldw);
+    for (int m = 0; m < M; ++m)
+      for (int r = 0; r < R; ++r) V::dot_bf16(s[r][m], v[r], x + m * ldx + i * V::kPackedSize);
+  };
+  const int64_t steps = (to - from) / kStep;
+  if (PACKED) {
+    const uint16_t* w = a.pack;
+    const uint8_t* x_ahead = a.x_ahead;
+    for (int64_t i = from; i < to; i += kStep, w += R * kStep, x_ahead += 64) {
+      if (a.x_ahead) GEMMA_PREFETCH(x_ahead);
+      step(w, kStep, i - from);
     }
-    for (int m = 0; m < M; ++m)
-      for (int r = 0; r < R; ++r) V::dot_bf16(s[r][m], v[r], x + m * ldx + (i - from) * V::kPackedSize);
+  } else {
+    const uint16_t* w = a.w + from;
+    uint16_t* pack = a.pack;
+    for (int64_t i = 0; i < steps; ++i, w += kStep) {
+      for (int r = 0; r < R && a.ahead; ++r) GEMMA_PREFETCH(a.ahead + r * a.ldw + i * kStep);
+      step(w, a.ldw, i * kStep);
+      for (int r = 0; r < R && pack; ++r) std::memcpy(pack + (i * R + r) * kStep, w + r * a.ldw, kStep * sizeof(*w));
+    }
+    if (from + steps * kStep < to) {
+      step(a.tail[0], 32, steps * kStep);
+      for (int r = 0; r < R && pack; ++r) std::memcpy(pack + (steps * R + r) * kStep, a.tail[r], kStep * sizeof(*w));
+    }
   }
-  if (i < to)
-    for (int m = 0; m < M; ++m)
-      for (int r = 0; r < R; ++r) V::dot_bf16(s[r][m], V::load_w(tail[r]), x + m * ldx + (i - from) * V::kPackedSize);
   for (int r = 0; r < R; ++r)
     for (int m = 0; m < M; ++m) sum[r][m] = s[r][m];
 }
@@ -312,54 +336,70 @@ inline void bf16_steps(const uint16_t* w, int64_t ldw, const uint8_t* x, int64_t
 // The same for `rows` <= kBf16TileW weight rows and m <= M activation rows.
 template <int M>
 struct Bf16Tile {
-  static void add(int rows, int m, const uint16_t* w, int64_t ldw, const uint8_t* x, int64_t ldx, int64_t from,
-                  int64_t to, const uint16_t (*tail)[32], const uint16_t* ahead, V::Sum (*sum)[V::kBf16TileX]) {
+  static void add(int rows, int m, bool packed, const Bf16Rows& a, const uint8_t* x, int64_t ldx, int64_t from,
+                  int64_t to, V::Sum (*sum)[V::kBf16TileX]) {
     constexpr int R = V::kBf16TileW;
-    if (m < M) return Bf16Tile<M - 1>::add(rows, m, w, ldw, x, ldx, from, to, tail, ahead, sum);
-    if (rows == R && ahead) return bf16_steps<R, M, true>(w, ldw, x, ldx, from, to, tail, ahead, sum);
-    if (rows == R) return bf16_steps<R, M, false>(w, ldw, x, ldx, from, to, tail, ahead, sum);
+    if (m < M) return Bf16Tile<M - 1>::add(rows, m, packed, a, x, ldx, from, to, sum);
+    if (rows == R && packed) return bf16_steps<R, M, true>(a, x, ldx, from, to, sum);
+    if (rows == R) return bf16_steps<R, M, false>(a, x, ldx, from, to, sum);
     for (int r = 0; r < rows; ++r)
-      bf16_steps<1, M, false>(w + r * ldw, ldw, x, ldx, from, to, tail + r, ahead, sum + r);
+      bf16_steps<1, M, false>({a.w + r * a.ldw, a.ldw, a.tail + r, nullptr, nullptr, nullptr}, x, ldx, from, to,
+                              sum + r);
   }
 };
 template <>
 struct Bf16Tile<0> {
-  static void add(int, int, const uint16_t*, int64_t, const uint8_t*, int64_t, int64_t, int64_t, const uint16_t (*)[32],
-                  const uint16_t*, V::Sum (*)[V::kBf16TileX]) {}
+  static void add(int, int, bool, const Bf16Rows&, const uint8_t*, int64_t, int64_t, int64_t,
+                  V::Sum (*)[V::kBf16TileX]) {}
 };
 
 void bf16(const uint16_t* w, int64_t ldw, int rows, int64_t k, const void* acts, int64_t first, int m, int64_t n,
-          float* out, int64_t ldo) {
+          uint16_t* scratch, bool again, float* out, int64_t ldo) {
   constexpr int R = V::kBf16TileW, M = V::kBf16TileX, kTiles = (kActChunk + M - 1) / M;
   static_assert(kBf16Rows % R == 0, "a call is a whole number of tiles");
   V::Sum sums[kTiles][kBf16Rows][M];
   uint16_t tail[kBf16Rows][32] = {};
   for (int r = 0; r < rows; ++r)
     for (int64_t j = k / kStep * kStep; j < k; ++j) tail[r][j % kStep] = w[r * ldw + j];
-  const int64_t depth = n == 1 ? k : kDepth;  // a single row is one piece in all, and reads the weights in their order
+  if (n == 1) {  // row after row: memory is read in one stream, and the next row is on its way
+    for (int r = 0; r < rows; ++r)
+      bf16_steps<1, 1, false>({w + r * ldw, ldw, tail + r, nullptr, w + (r + 1) * ldw, nullptr},
+                              static_cast<const uint8_t*>(acts), 0, 0, k, sums[0] + r);
+    V::close(&sums[0][0][0], M, rows, out);
+    return;
+  }
+  // For a single chunk, weights are kept for a span. With several, the weights of all K are, and activations come from further away than
+  // the next cache: they are asked for ahead.
+  const bool single = n <= kActChunk;
+  const int64_t depth = piece(n), kept = single && k > kSpan ? kSpan : (k + 31) / 32 * 32;
+  const int tiles = (m + M - 1) / M;
+  auto x_at = [&](int64_t row, int64_t at) { return static_cast<const uint8_t*>(acts) + packed_at(at, k, row, n); };
   for (int64_t begin = 0; begin < k; begin += kSpan) {
-    const int64_t end = n > 1 && begin + kSpan < k ? begin + kSpan : k;
-    for (int t = 0; t < m; t += M) {
-      const int tile = m - t < M ? m - t : M;
-      V::Sum(*sum)[M] = sums[t / M];
+    const int64_t end = begin + kSpan < k ? begin + kSpan : k, origin = single ? begin : 0;
+    for (int t = 0; t < tiles; ++t) {
+      // As even as may be: in a small tile each sum would wait for itself.
+      const int64_t row = first + m * t / tiles, next_row = first + m * (t + 1) / tiles;
+      V::Sum(*sum)[M] = sums[t];
       for (int64_t from = begin; from < end; from += depth) {
-        const int64_t to = from + depth < end ? from + depth : end, ldx = piece_stride(from, k);
-        const uint8_t* x = static_cast<const uint8_t*>(acts) + piece_at(from, n) + (first + t) * ldx;
-        if (n == 1) {  // row after row: memory is read in one stream, and the next row is on its way
-          for (int r = 0; r < rows; ++r)
-            bf16_steps<1, 1, true>(w + r * ldw, ldw, x, ldx, from, to, tail + r, w + (r + 1) * ldw, sum + r);
-          continue;
-        }
+        const int64_t to = from + depth < end ? from + depth : end;
+        const uint8_t* x = x_at(row, from);
+        const uint8_t* next_x = single          ? nullptr
+                                : to < end      ? x_at(row, to)
+                                : t + 1 < tiles ? x_at(next_row, begin)
+                                : end < k       ? x_at(first, end)
+                                                : x_at(first + m, 0);
         for (int r = 0; r < rows; r += R) {
           // Hardware prefetch ends with a page: ask for the tile after this one, be it beside it, further along K or the next call's.
           const uint16_t* next = r + R < rows ? w + (r + R) * ldw + from : to < k ? w + to : w + rows * ldw;
-          Bf16Tile<M>::add(rows - r < R ? rows - r : R, tile, w + r * ldw, ldw, x, ldx, from, to, tail + r,
-                           t ? nullptr : next, sum + r);
+          uint16_t* pack = n > M ? scratch + r * kept + R * (from - origin) : nullptr;
+          Bf16Tile<M>::add(rows - r < R ? rows - r : R, static_cast<int>(next_row - row), t || again,
+                           {w + r * ldw, ldw, tail + r, pack, t || again ? nullptr : next,
+                            next_x ? next_x + r * (depth / kStep * 64 / R) : nullptr},
+                           x, piece_stride(from, k, n), from, to, sum + r);
         }
       }
-      for (int i = 0; end == k && i < tile; ++i) V::close(&sum[0][i], M, rows, out + (t + i) * ldo);
+      for (int i = 0; end == k && i < next_row - row; ++i) V::close(&sum[0][i], M, rows, out + (row - first + i) * ldo);
     }
-    if (end == k) break;
   }
 }
 
