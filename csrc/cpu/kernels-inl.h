@@ -270,8 +270,8 @@ double peak_int8(int64_t rounds) {
 double peak_bf16(int64_t rounds) {
   alignas(64) float x[32] = {};
   alignas(64) uint16_t bits[32] = {};
-  const V::Wide w = V::load_w(bits);
-  const V::Packed p = V::load_packed(x);
+  const V::Wide w = V::load_w(bits, 0);
+  const V::Packed p = V::load_packed(x, 0);
   return chains(rounds, V::peak_zero(), [&](V::PeakSum& a) { V::peak_step(a, w, p); }) * V::kPeakOps;
 }
 

@@ -285,15 +285,19 @@ constexpr int kStep = V::kBf16Step;
 constexpr int64_t kSpan = 4096;
 
 // Where the weights of a tile of R rows come from: the file's rows, ldw apart; or, PACKED, steps of R rows side by side, which the
-// first tile of activations leaves in `pack`. Files align their rows to 32 bytes at best, so that most loads would meet two cache lines.
+// first tile of activations leaves in `pack`, kKept bytes a value. Files align their rows to 32 bytes at best, so that most loads would meet two cache lines.
+constexpr int kKept = V::kKeptSize;
 struct Bf16Rows {
   const uint16_t* w;
   int64_t ldw;
   const uint16_t (*tail)[32];  // the last values of each row, padded with zeros
-  uint16_t* pack;              // at K value `from`; null: nothing is kept
+  uint8_t* pack;               // at K value `from`; null: nothing is kept
   const uint16_t* ahead;       // where the next tile's weights lie; null when they are in the cache
   const uint8_t* x_ahead;      // activations that are wanted after these: a cache line a step
 };
+
+// Bytes of activations to ask for in a step, so that those of the next tile have come by the time that this one has met all weights.
+constexpr int kFetch = V::kBf16TileX * V::kPackedSize * kStep * V::kBf16TileW / kBf16Rows;
 
 // Adds K values [from, to) to the sums of R weight rows and M activation rows; `from` 0 starts them.
 template <int R, int M, bool PACKED>
@@ -302,32 +306,34 @@ inline void bf16_steps(const Bf16Rows& a, const uint8_t* x, int64_t ldx, int64_t
   V::Sum s[R][M];
   for (int r = 0; r < R; ++r)
     for (int m = 0; m < M; ++m) s[r][m] = from ? sum[r][m] : V::sum_zero();
-  auto step = [&](const uint16_t* w, int64_t ldw, int64_t i) {
-    V::Wide v[R];
-    for (int r = 0; r < R; ++r) v[r] = V::load_w(w + r * ldw);
-    for (int m = 0; m < M; ++m)
-      for (int r = 0; r < R; ++r) V::dot_bf16(s[r][m], v[r], x + m * ldx + i * V::kPackedSize);
+  auto step = [&](int64_t i, auto load) {
+    for (int half = 0; half < V::kBf16Halves; ++half) {
+      V::Wide v[R];
+      for (int r = 0; r < R; ++r) v[r] = load(r, half);
+      for (int m = 0; m < M; ++m) {
+        const V::Packed f = V::load_packed(x + m * ldx + i * V::kPackedSize, half);
+        for (int r = 0; r < R; ++r) V::dot_bf16(s[r][m], half, v[r], f);
+      }
+    }
   };
-  const int64_t steps = (to - from) / kStep;
+  const int64_t count = to - from;
   if (PACKED) {
-    const uint16_t* w = a.pack;
-    const uint8_t* x_ahead = a.x_ahead;
-    for (int64_t i = from; i < to; i += kStep, w += R * kStep, x_ahead += 64) {
+    const uint8_t *w = a.pack, *x_ahead = a.x_ahead;
+    for (int64_t i = 0; i < count; i += kStep, w += R * kStep * kKept, x_ahead += kFetch) {
       if (a.x_ahead) GEMMA_PREFETCH(x_ahead);
-      step(w, kStep, i - from);
+      step(i, [&](int r, int half) { return V::load_kept(w + r * kStep * kKept, half); });
     }
   } else {
-    const uint16_t* w = a.w + from;
-    uint16_t* pack = a.pack;
-    for (int64_t i = 0; i < steps; ++i, w += kStep) {
-      for (int r = 0; r < R && a.ahead; ++r) GEMMA_PREFETCH(a.ahead + r * a.ldw + i * kStep);
-      step(w, a.ldw, i * kStep);
-      for (int r = 0; r < R && pack; ++r) std::memcpy(pack + (i * R + r) * kStep, w + r * a.ldw, kStep * sizeof(*w));
+    auto file_step = [&](int64_t i, const uint16_t* w, int64_t ldw) {
+      step(i, [&](int r, int half) { return V::load_w(w + r * ldw, half); });
+      for (int r = 0; r < R && a.pack; ++r) V::keep_w(a.pack + (i * R + r * kStep) * kKept, w + r * ldw);
+    };
+    int64_t i = 0;
+    for (; i + kStep <= count; i += kStep) {
+      for (int r = 0; r < R && a.ahead; ++r) GEMMA_PREFETCH(a.ahead + r * a.ldw + i);
+      file_step(i, a.w + from + i, a.ldw);
     }
-    if (from + steps * kStep < to) {
-      step(a.tail[0], 32, steps * kStep);
-      for (int r = 0; r < R && pack; ++r) std::memcpy(pack + (steps * R + r) * kStep, a.tail[r], kStep * sizeof(*w));
-    }
+    if (i < count) file_step(i, a.tail[0], 32);
   }
   for (int r = 0; r < R; ++r)
     for (int m = 0; m < M; ++m) sum[r][m] = s[r][m];
@@ -354,7 +360,7 @@ struct Bf16Tile<0> {
 };
 
 void bf16(const uint16_t* w, int64_t ldw, int rows, int64_t k, const void* acts, int64_t first, int m, int64_t n,
-          uint16_t* scratch, bool again, float* out, int64_t ldo) {
+          uint8_t* scratch, bool again, float* out, int64_t ldo) {
   constexpr int R = V::kBf16TileW, M = V::kBf16TileX, kTiles = (kActChunk + M - 1) / M;
   static_assert(kBf16Rows % R == 0, "a call is a whole number of tiles");
   V::Sum sums[kTiles][kBf16Rows][M];
@@ -391,10 +397,10 @@ void bf16(const uint16_t* w, int64_t ldw, int rows, int64_t k, const void* acts,
         for (int r = 0; r < rows; r += R) {
           // Hardware prefetch ends with a page: ask for the tile after this one, be it beside it, further along K or the next call's.
           const uint16_t* next = r + R < rows ? w + (r + R) * ldw + from : to < k ? w + to : w + rows * ldw;
-          uint16_t* pack = n > M ? scratch + r * kept + R * (from - origin) : nullptr;
+          uint8_t* pack = n > M ? scratch + (r * kept + R * (from - origin)) * kKept : nullptr;
           Bf16Tile<M>::add(rows - r < R ? rows - r : R, static_cast<int>(next_row - row), t || again,
                            {w + r * ldw, ldw, tail + r, pack, t || again ? nullptr : next,
-                            next_x ? next_x + r * (depth / kStep * 64 / R) : nullptr},
+                            next_x ? next_x + r * (depth / kStep * kFetch / R) : nullptr},
                            x, piece_stride(from, k, n), from, to, sum + r);
         }
       }

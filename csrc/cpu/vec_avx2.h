@@ -164,24 +164,38 @@ struct V {
 #endif
   }
 
-  // bf16 products: 16 values along K at a time, activations in float32 with even elements before odd ones.
-  static constexpr int kBf16Step = 16;
-  static constexpr int kBf16TileW = 2, kBf16TileX = 2;
-  static constexpr int kPackedSize = 4;
-  using Wide = __m256i;
+  // bf16 products: 16 values along K at a time, activations in float32 with even elements before odd ones. Even and odd elements take
+  // turns, so that twelve sums and what they need fit 16 registers.
+  static constexpr int kBf16Step = 16, kBf16Halves = 2;
+  static constexpr int kBf16TileW = 2, kBf16TileX = 3;
+  static constexpr int kPackedSize = 4, kKeptSize = 4;
+  using Wide = __m256;
+  using Packed = __m256;
   struct Sum {
-    __m256 even, odd;
+    __m256 half[2];
   };
-  static Sum sum_zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
-  static Wide load_w(const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-  static void dot_bf16(Sum& s, Wide w, const void* x) {
-    const float* f = static_cast<const float*>(x);
-    s.even = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(w, 16)), _mm256_loadu_ps(f), s.even);
-    s.odd = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32(static_cast<int>(0xffff0000u)))),
-                            _mm256_loadu_ps(f + 8), s.odd);
+  static Sum sum_zero() { return {{_mm256_setzero_ps(), _mm256_setzero_ps()}}; }
+  static Wide load_w(const uint16_t* p, int half) {
+    const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm256_castsi256_ps(half ? _mm256_and_si256(w, _mm256_set1_epi32(static_cast<int>(0xffff0000u)))
+                                    : _mm256_slli_epi32(w, 16));
   }
+  static void keep_w(uint8_t* to, const uint16_t* p) {
+    for (int half = 0; half < 2; ++half) _mm256_storeu_ps(reinterpret_cast<float*>(to) + 8 * half, load_w(p, half));
+  }
+  static Wide load_kept(const uint8_t* p, int half) {
+    return _mm256_loadu_ps(reinterpret_cast<const float*>(p) + 8 * half);
+  }
+  static Packed load_packed(const void* x, int half) {
+    Packed p = _mm256_loadu_ps(static_cast<const float*>(x) + 8 * half);
+#if defined(__GNUC__)
+    __asm__("" : "+x"(p));  // loaded once, not by each instruction that takes it
+#endif
+    return p;
+  }
+  static void dot_bf16(Sum& s, int half, Wide w, Packed x) { s.half[half] = _mm256_fmadd_ps(w, x, s.half[half]); }
   static void close(const Sum* s, int stride, int n, float* out) {
-    for (int i = 0; i < n; ++i) out[i] = sum(_mm256_add_ps(s[i * stride].even, s[i * stride].odd));
+    for (int i = 0; i < n; ++i) out[i] = sum(_mm256_add_ps(s[i * stride].half[0], s[i * stride].half[1]));
   }
   // 32 floats to packed form
   static void pack32(const float* x, void* out) {
@@ -218,11 +232,9 @@ struct V {
   }
 #endif
   using PeakSum = __m256;
-  using Packed = __m256;
   static constexpr int kPeakOps = 16;
   static PeakSum peak_zero() { return _mm256_setzero_ps(); }
-  static Packed load_packed(const void* p) { return _mm256_loadu_ps(static_cast<const float*>(p)); }
-  static void peak_step(PeakSum& a, Wide w, Packed x) { a = _mm256_fmadd_ps(_mm256_castsi256_ps(w), x, a); }
+  static void peak_step(PeakSum& a, Wide w, Packed x) { a = _mm256_fmadd_ps(w, x, a); }
 };
 
 }  // namespace GEMMA_ISA

@@ -136,10 +136,11 @@ struct V {
   }
 
   // bf16 products: 32 values along K at a time.
-  static constexpr int kBf16Step = 32;
+  static constexpr int kBf16Step = 32, kBf16Halves = 1;
   static constexpr int kBf16TileW = 4, kBf16TileX = 6;
-  static constexpr int kPackedSize = 2;
+  static constexpr int kPackedSize = 2, kKeptSize = 2;
   using Wide = __m512i;
+  using Packed = __m512i;
   static __m512bh as_bf16(__m512i x) {
     __m512bh b;
     std::memcpy(&b, &x, sizeof(b));
@@ -149,10 +150,11 @@ struct V {
     __m512 x;
   };
   static Sum sum_zero() { return {_mm512_setzero_ps()}; }
-  static Wide load_w(const uint16_t* p) { return _mm512_loadu_si512(p); }
-  static void dot_bf16(Sum& s, Wide w, const void* x) {
-    s.x = _mm512_dpbf16_ps(s.x, as_bf16(w), as_bf16(_mm512_loadu_si512(x)));
-  }
+  static Wide load_w(const uint16_t* p, int) { return _mm512_loadu_si512(p); }
+  static void keep_w(uint8_t* to, const uint16_t* p) { _mm512_storeu_si512(to, _mm512_loadu_si512(p)); }
+  static Wide load_kept(const uint8_t* p, int) { return _mm512_loadu_si512(p); }
+  static Packed load_packed(const void* x, int) { return _mm512_loadu_si512(x); }
+  static void dot_bf16(Sum& s, int, Wide w, Packed x) { s.x = _mm512_dpbf16_ps(s.x, as_bf16(w), as_bf16(x)); }
   // out[i] = sum(s[i * stride]) for i < n: 16 trees at once, each the tree of `sum`.
   static void close(const Sum* s, int stride, int n, float* out) {
     for (int i = 0; i < n; i += 16, s += 16 * stride) {
@@ -185,10 +187,8 @@ struct V {
   }
   static I dot_step(I a, B w) { return _mm512_dpbusd_epi32(a, w, w); }
   using PeakSum = __m512;
-  using Packed = __m512i;
   static constexpr int kPeakOps = 64;
   static PeakSum peak_zero() { return _mm512_setzero_ps(); }
-  static Packed load_packed(const void* p) { return _mm512_loadu_si512(p); }
   static void peak_step(PeakSum& a, Wide w, Packed x) { a = _mm512_dpbf16_ps(a, as_bf16(w), as_bf16(x)); }
 };
 

@@ -232,24 +232,37 @@ struct V {
   }
 
   // bf16 products: 16 values along K at a time, activations in float32.
-  static constexpr int kBf16Step = 16;
+  static constexpr int kBf16Step = 16, kBf16Halves = 1;
   static constexpr int kBf16TileW = 2, kBf16TileX = 2;
-  static constexpr int kPackedSize = 4;
+  static constexpr int kPackedSize = 4, kKeptSize = 2;
   struct Wide {
     uint16_t v[16];
+  };
+  struct Packed {
+    float v[16];
   };
   struct Sum {
     float x[16];
   };
   static Sum sum_zero() { return {}; }
-  static Wide load_w(const uint16_t* p) {
+  static Wide load_w(const uint16_t* p, int) {
     Wide r;
     std::memcpy(r.v, p, sizeof(r.v));
     return r;
   }
-  static void dot_bf16(Sum& s, const Wide& w, const void* x) {
-    const float* f = static_cast<const float*>(x);
-    for (int i = 0; i < 16; ++i) s.x[i] = fmaf(bf16_to_float(w.v[i]), f[i], s.x[i]);
+  static void keep_w(uint8_t* to, const uint16_t* p) { std::memcpy(to, p, sizeof(Wide)); }
+  static Wide load_kept(const uint8_t* p, int) {
+    Wide r;
+    std::memcpy(r.v, p, sizeof(r.v));
+    return r;
+  }
+  static Packed load_packed(const void* x, int) {
+    Packed r;
+    std::memcpy(r.v, x, sizeof(r.v));
+    return r;
+  }
+  static void dot_bf16(Sum& s, int, const Wide& w, const Packed& x) {
+    for (int i = 0; i < 16; ++i) s.x[i] = fmaf(bf16_to_float(w.v[i]), x.v[i], s.x[i]);
   }
   static void close(const Sum* s, int stride, int n, float* out) {
     for (int i = 0; i < n; ++i) out[i] = sum(add(load(s[i * stride].x), load(s[i * stride].x + 8)));
@@ -278,17 +291,9 @@ struct V {
   }
   static I dot_step(I a, const B& w) { return add_i(a, dot<8, 0, 1>(&w, reinterpret_cast<const int8_t*>(w.v), 0)); }
   using PeakSum = Sum;
-  struct Packed {
-    float v[16];
-  };
   static constexpr int kPeakOps = 32;
   static PeakSum peak_zero() { return {}; }
-  static Packed load_packed(const void* p) {
-    Packed r;
-    std::memcpy(r.v, p, sizeof(r.v));
-    return r;
-  }
-  static void peak_step(PeakSum& a, const Wide& w, const Packed& x) { dot_bf16(a, w, x.v); }
+  static void peak_step(PeakSum& a, const Wide& w, const Packed& x) { dot_bf16(a, 0, w, x); }
 };
 
 }  // namespace GEMMA_ISA
