@@ -284,16 +284,17 @@ constexpr int kStep = V::kBf16Step;
 // K values of a panel's weights at a time, which stay in L2. A tile's piece of activations stays in L1.
 constexpr int64_t kSpan = 4096;
 
-// Where the weights of a tile of R rows come from: the file's rows, ldw apart; or, PACKED, steps of R rows side by side, which the
-// first tile of activations leaves in `pack`, kKept bytes a value. Files align their rows to 32 bytes at best, so that most loads would meet two cache lines.
 constexpr int kKept = V::kKeptSize;
+// Where the weights of a tile of R rows come from: the file's rows, ldw apart; or, PACKED, steps of R rows side by side, which the
+// first tile of activations leaves in `pack`, kKept bytes a value. Files align their rows to 32 bytes at best, so that most loads
+// would meet two cache lines.
 struct Bf16Rows {
   const uint16_t* w;
   int64_t ldw;
   const uint16_t (*tail)[32];  // the last values of each row, padded with zeros
   uint8_t* pack;               // at K value `from`; null: nothing is kept
   const uint16_t* ahead;       // where the next tile's weights lie; null when they are in the cache
-  const uint8_t* x_ahead;      // activations that are wanted after these: a cache line a step
+  const uint8_t* x_ahead;      // the next tile's activations, kFetch bytes a step; null when they are in the cache
 };
 
 // Bytes of activations to ask for in a step, so that those of the next tile have come by the time that this one has met all weights.
@@ -318,9 +319,9 @@ inline void bf16_steps(const Bf16Rows& a, const uint8_t* x, int64_t ldx, int64_t
   };
   const int64_t count = to - from;
   if (PACKED) {
-    const uint8_t *w = a.pack, *x_ahead = a.x_ahead;
-    for (int64_t i = 0; i < count; i += kStep, w += R * kStep * kKept, x_ahead += kFetch) {
-      if (a.x_ahead) GEMMA_PREFETCH(x_ahead);
+    const uint8_t* w = a.pack;
+    for (int64_t i = 0; i < count; i += kStep, w += R * kStep * kKept) {
+      if (a.x_ahead) GEMMA_PREFETCH(a.x_ahead + i / kStep * kFetch);
       step(i, [&](int r, int half) { return V::load_kept(w + r * kStep * kKept, half); });
     }
   } else {
