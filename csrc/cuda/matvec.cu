@@ -12,11 +12,12 @@ constexpr int kStaged = 16384;  // activations in shared memory, over all rows o
 // then meet different banks.
 GEMMA_HOST_DEVICE int staged_at(int i) { return i / 32 * 36 + i % 32; }
 
-// y[n, rows] = W norm(x[n, cols]), for n <= N, with an epilogue. Bytes: W once; x once a block (from L2), or once for every group of
+// y[n, rows] = W norm(x[n, cols]), with an epilogue. Bytes: W once from memory; x once a block (from L2), or once for every group of
 // rows where it does not fit.
-// Layout: as many blocks as run at once; a block takes every blocks_x()-th group of 16 rows, a warp R rows of it; lane l takes pieces
-// l, l + 32, ... of each, R loads of 16 bytes in flight at a time and more by unrolling; float32 sums a lane, then a tree over the lanes.
-// A row's order of additions depends on cols alone.
+// Layout: as many blocks as run at once; a block takes N rows of x and every blocks_x()-th group of 16 rows of W, a warp R rows of it;
+// lane l takes pieces l, l + 32, ... of each, R loads of 16 bytes in flight at a time and more by unrolling; float32 sums a lane, then a
+// tree over the lanes. A row's order of additions depends on cols alone. Blocks (i, 0), (i, 1), ... have the same rows of W and the next N
+// rows of x each. They run side by side, so that one of them brings a piece of W from memory and the others find it in L2.
 template <DType T, int N, int R>
 GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 2) matvec_kernel(MatvecArgs a) {
   constexpr int kPieceValues = piece_values(T), kTile = kStaged / N, kGroup = kMatvecWarps * R;
@@ -26,6 +27,7 @@ GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 2) matvec_kernel(MatvecArgs a) {
   GEMMA_SHARED(float, scale, N);
   const int tile = a.cols < kTile ? (a.cols + 31) / 32 * 32 : kTile;  // values staged of a row at a time
   const int pitch = tile / 32 * 36;
+  const int first = N == kRowsABlock ? block_y() * N : 0, rows = a.n - first < N ? a.n - first : N;  // of x
   int64_t total = 0;
   for (int p = 0; p < a.count; ++p) total += a.parts[p].w.rows;
 
@@ -61,8 +63,8 @@ GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 2) matvec_kernel(MatvecArgs a) {
   wait_for_previous();
 
   if (a.norm) {
-    for (int n = 0; n < a.n; ++n) {
-      const float s = inverse_rms(a.x + (a.pick ? a.pick[n] : n) * a.x_stride, a.cols, a.eps, scratch);
+    for (int n = 0; n < rows; ++n) {
+      const float s = inverse_rms(a.x + (a.pick ? a.pick[first + n] : first + n) * a.x_stride, a.cols, a.eps, scratch);
       if (thread_x() == 0) scale[n] = s;
     }
     sync_block();
@@ -71,8 +73,8 @@ GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 2) matvec_kernel(MatvecArgs a) {
     for (int n = 0; n < N; ++n)
       for (int i = thread_x(); i < tile; i += kBlockThreads) {
         float v = 0;
-        if (n < a.n && begin + i < a.cols) {
-          v = a.x[(a.pick ? a.pick[n] : n) * a.x_stride + begin + i];
+        if (n < rows && begin + i < a.cols) {
+          v = a.x[(a.pick ? a.pick[first + n] : first + n) * a.x_stride + begin + i];
           if (a.norm) v = v * scale[n] * a.norm[begin + i];
         }
         x[n * pitch + staged_at(i)] = v;
@@ -166,9 +168,9 @@ GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 2) matvec_kernel(MatvecArgs a) {
       if (group * kGroup + warp() * R + j >= total) break;
       GEMMA_UNROLL
       for (int n = 0; n < N; ++n) {
-        if (n >= a.n) break;
+        if (n >= rows) break;
         const Part& p = a.parts[a.after == After::geglu ? 0 : part[j]];
-        float* out = p.out + n * p.stride + row[j];
+        float* out = p.out + (first + n) * p.stride + row[j];
         if (a.after == After::geglu) {
           if (j % 2 == 0) *out = gelu(acc[j][n]) * acc[j + 1 < R ? j + 1 : j][n];
         } else if (a.after == After::add) {
@@ -186,8 +188,11 @@ void launch_matvec(Device& d, const MatvecArgs& a) {
   int64_t total = 0;
   for (int p = 0; p < a.count; ++p) total += a.parts[p].w.rows;
   const int per_block = kMatvecWarps * R, tile = a.cols < kStaged / N ? (a.cols + 31) / 32 * 32 : kStaged / N;
-  const int64_t groups = (total + per_block - 1) / per_block, at_once = 2 * d.processors();
-  d.launch("matvec", matvec_kernel<T, N, R>, {static_cast<int>(groups < at_once ? groups : at_once)}, kBlockThreads,
+  const int of_x = (a.n + N - 1) / N, at_once = 2 * d.processors() / of_x;
+  const int64_t groups = (total + per_block - 1) / per_block, of_w = at_once < 1        ? 1
+                                                                     : groups < at_once ? groups
+                                                                                        : at_once;
+  d.launch("matvec", matvec_kernel<T, N, R>, {static_cast<int>(of_w), of_x}, kBlockThreads,
            static_cast<size_t>(N) * (tile / 32 * 36) * sizeof(float), a);
 }
 
@@ -207,18 +212,6 @@ struct Matvec {
 
 }  // namespace
 
-void matvec(Device& d, DType type, const MatvecArgs& all) {
-  for (int n = 0; n < all.n; n += kRowsALaunch) {
-    MatvecArgs a = all;
-    a.n = all.n - n < kRowsALaunch ? all.n - n : kRowsALaunch;
-    if (a.pick)
-      a.pick += n;
-    else
-      a.x += n * a.x_stride;
-    for (Part& p : a.parts)
-      if (p.out) p.out += n * p.stride;
-    with_type(type, Matvec{d, a});
-  }
-}
+void matvec(Device& d, DType type, const MatvecArgs& a) { with_type(type, Matvec{d, a}); }
 
 }  // namespace gemma::gpu
