@@ -92,6 +92,21 @@ struct Best {
   std::vector<int32_t> also;
   int32_t* ids = nullptr;
   float *values = nullptr, *also_values = nullptr;
+
+  Best from(int64_t row) const {
+    Best b = *this;
+    b.ids += row * k;
+    b.values += row * k;
+    if (b.also_values) b.also_values += row * static_cast<int64_t>(also.size());
+    return b;
+  }
+};
+
+// What is asked of rows of x behind the last layer: their logits, or the best of them.
+struct Wanted {
+  std::vector<int64_t> pick;  // none: nothing is asked
+  float* logits = nullptr;    // [pick.size(), V]; null: best
+  Best best;
 };
 
 class Backend {
@@ -112,8 +127,9 @@ class Backend {
   // After the last matrix is loaded: memory for passes may be allocated now. Returns how many rows the caller's buffers are to hold
   // from the start; 0: they may grow.
   virtual int64_t prepare(const Config&) { return 0; }
-  // Runs `body`, the operations from `embed` to the last `feed_forward` for these rows, or a recording of an earlier one alike.
-  virtual void pass(const Rows&, const std::function<void()>& body) { body(); }
+  // Runs `body`, the operations from `embed` to the `logits` or `top_k` that is `wanted` of these rows, or a recording of an earlier one
+  // alike. Results are there when it returns.
+  virtual void pass(const Rows&, const Wanted&, const std::function<void()>& body) { body(); }
 
   // Measures: reads `bytes` of the device's memory, multiplies bf16 matrices [size, size] (a multiply-add is two operations). Zeros
   // from the CPU, whose ceilings are in cpu/probes.h.

@@ -431,7 +431,10 @@ void add_emulator(py::module_& t) {
   t.def("emulator_state", [] {
     py::dict d;
     d["allocated"] = e::allocated();
-    d["launches"] = e::launches();
+    d["launches"] = e::counted(e::Asked::launch);
+    d["replays"] = e::counted(e::Asked::replay);
+    d["uploads"] = e::counted(e::Asked::upload);
+    d["downloads"] = e::counted(e::Asked::download);
     d["broken_guards"] = e::broken_guards();
     return d;
   });

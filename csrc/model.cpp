@@ -45,11 +45,14 @@ std::string shape_text(int64_t rows, int64_t cols, bool vector) {
 // activation blocks are 16 long instead of 32 (docs/MODEL.md has the measurements).
 constexpr int64_t kFineBelow = 2048;
 
-Best from_row(Best best, int64_t row) {
-  best.ids += row * best.k;
-  best.values += row * best.k;
-  if (best.also_values) best.also_values += row * static_cast<int64_t>(best.also.size());
-  return best;
+// Nothing yet; where it will go is the caller's arrays from this row on.
+Wanted wanted_at(const Output& out, int64_t row, int64_t vocab) {
+  Wanted w;
+  if (out.kind == Output::top_k || out.kind == Output::all_top_k)
+    w.best = out.best.from(row);
+  else
+    w.logits = out.values + row * vocab;
+  return w;
 }
 
 DType matrix_target(const HostTensor& t, DType wanted, bool embedding) {
@@ -165,12 +168,12 @@ void Model::resize_buffers(int64_t rows) {
   backend_->resize(*attended_, rows * c.num_heads * c.head_dim);
 }
 
-// Embedding and every layer: x[N, D] in, x[N, D] out.
-void Model::layers(const Rows& rows, const Poll& poll) {
+// Embedding, every layer, and the head for what is wanted.
+void Model::pass(const Rows& rows, const Wanted& wanted, const Poll& poll) {
   const Config& c = config_;
   Backend& b = *backend_;
   resize_buffers(rows.n);
-  b.pass(rows, [&] {
+  b.pass(rows, wanted, [&] {
     b.embed(*embedding_, rows, std::sqrt(static_cast<float>(c.hidden_size)), *x_);
     for (const LayerWeights& w : layers_) {
       poll();
@@ -179,7 +182,16 @@ void Model::layers(const Rows& rows, const Poll& poll) {
       b.project_add(c, w, rows, *attended_, *x_);
       b.feed_forward(c, w, rows, *x_);
     }
+    head(wanted);
   });
+}
+
+void Model::head(const Wanted& w) {
+  if (w.pick.empty()) return;
+  if (w.logits)
+    backend_->logits(config_, *final_norm_, *embedding_, *x_, w.pick, w.logits);
+  else
+    backend_->top_k(config_, *final_norm_, *embedding_, *x_, w.pick, w.best);
 }
 
 void Model::forward(const std::vector<std::vector<int32_t>>& tokens, const std::vector<Cache*>& caches,
@@ -222,36 +234,30 @@ void Model::forward(const std::vector<std::vector<int32_t>>& tokens, const std::
       cache.store_->reserve(end);
       cache.high_ = std::max(cache.high_, end);  // slots are overwritten even if this chunk is cancelled
     }
-    layers(rows, poll);
-
-    // Results of this chunk, before its tokens count as appended.
-    std::vector<int64_t> pick;
+    Wanted last;  // results of sequences that end in this chunk
     if (out.kind == Output::last_logits || out.kind == Output::top_k) {
       // Chunks fill up in the order of the sequences, so those that end in one stand side by side, from owner[0] on: the head's
       // weights are read once for all of them.
+      last = wanted_at(out, static_cast<int64_t>(owner[0]), c.vocab_size);
       for (size_t s = 0; s < owner.size(); ++s) {
         const Span& span = rows.spans[s];
         if (done[owner[s]] + span.count == static_cast<int64_t>(tokens[owner[s]].size()))
-          pick.push_back(span.row + span.count - 1);
+          last.pick.push_back(span.row + span.count - 1);
       }
-      const int64_t first = static_cast<int64_t>(owner[0]);
-      if (!pick.empty() && out.kind == Output::last_logits)
-        backend_->logits(c, *final_norm_, *embedding_, *x_, pick, out.values + first * c.vocab_size);
-      else if (!pick.empty())
-        backend_->top_k(c, *final_norm_, *embedding_, *x_, pick, from_row(out.best, first));
-    } else if (out.kind == Output::all_logits || out.kind == Output::all_top_k) {
+    }
+    pass(rows, last, poll);
+
+    // Results of every row, before the tokens count as appended.
+    if (out.kind == Output::all_logits || out.kind == Output::all_top_k) {
       // In slices, so that a cancelled call stops soon.
       for (int64_t r = 0; r < rows.n; r += 64) {
         poll();
-        pick.clear();
-        for (int64_t j = r; j < std::min(rows.n, r + 64); ++j) pick.push_back(j);
-        const int64_t at = done[0] + r;
-        if (out.kind == Output::all_logits)
-          backend_->logits(c, *final_norm_, *embedding_, *x_, pick, out.values + at * c.vocab_size);
-        else
-          backend_->top_k(c, *final_norm_, *embedding_, *x_, pick, from_row(out.best, at));
+        Wanted slice = wanted_at(out, done[0] + r, c.vocab_size);
+        for (int64_t j = r; j < std::min(rows.n, r + 64); ++j) slice.pick.push_back(j);
+        head(slice);
       }
     } else if (out.kind == Output::score) {
+      std::vector<int64_t> pick;
       std::vector<int32_t> target;
       for (int64_t r = 0; r < rows.n && done[0] + r + 1 < static_cast<int64_t>(tokens[0].size()); ++r) {
         pick.push_back(r);

@@ -78,7 +78,8 @@ class Model {
 
  private:
   void resize_buffers(int64_t rows);
-  void layers(const Rows& rows, const Poll& poll);
+  void pass(const Rows& rows, const Wanted& wanted, const Poll& poll);
+  void head(const Wanted& wanted);
 
   Config config_;
   std::unique_ptr<Backend> backend_;

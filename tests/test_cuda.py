@@ -16,7 +16,18 @@ import numpy as np
 import pytest
 import reference
 import tiny
-from engine import GetModel, all_logits, build, check_tokens_beside_the_best, held, random_tokens, row_nse, same, steps
+from engine import (
+    GetModel,
+    all_logits,
+    build,
+    check_tokens_beside_the_best,
+    edited,
+    held,
+    random_tokens,
+    row_nse,
+    same,
+    steps,
+)
 from make_golden import GOLDEN
 
 from gemma_native import _native
@@ -231,6 +242,89 @@ def test_threads_and_models(checkpoint: Callable[[str], Checkpoint], device: str
     assert [results[i] for i in range(6)] == alone * 2
 
 
+@pytest.mark.parametrize("name", ["gemma2-gqa", "gemma:Q4_K"])
+def test_large_batches(get: GetModel, name: str) -> None:
+    """More rows than a block of `matvec` takes: every row's bits are those that it has alone."""
+    m = get(name)
+    caches = [m.new_cache() for _ in range(33)]
+    for i, cache in enumerate(caches):
+        if i % 8 == 1:
+            m.forward(random_tokens(3 + i, i), cache)
+    nexts = [np.array([5 * i + 2], np.int32) for i in range(33)]
+    alone = np.array([m.forward(t, c.clone()) for t, c in zip(nexts, caches, strict=True)])
+    for n in (9, 17, 33):
+        batch = m.forward_batch(nexts[:n], [c.clone() for c in caches[:n]])
+        for i in range(n):
+            assert same(batch[i], alone[i]), (n, i)
+    ids, _ = m.forward_batch(nexts, caches, top_k=1)
+    assert ids[:, 0].tolist() == alone.argmax(1).tolist()
+
+
+def test_long_rows(speck: Callable[..., Checkpoint], device: str) -> None:
+    """Activations that do not fit into shared memory: 1 row of 16,384, 4 of 4096, 8 of 2048."""
+    c = speck(intermediate_size=16500)
+    m = build(c, kv="f32", device=device)
+    tokens = random_tokens(9, 4, 61)
+    weights = reference.weights_of(c.tensors)
+    truth = np.array([reference.forward(c.config, weights, t[None])[0] for t in tokens])
+    alone = np.array([m.forward(t[None], m.new_cache()) for t in tokens])
+    assert reference.nse(alone, truth) <= EXACT
+    for n in (3, 9):
+        if emulated:
+            _native.testing.emulator(order="reverse" if n == 3 else "forward")
+        assert same(m.forward_batch([t[None] for t in tokens[:n]], [m.new_cache() for _ in range(n)]), alone[:n]), n
+
+
+# --- graphs ---
+
+
+def asked(call: Callable[[], Any]) -> list[int]:
+    """How often a call launched a kernel outside of graphs, replayed a graph, copied to the device and from it."""
+    before = _native.testing.emulator_state()
+    call()
+    after = _native.testing.emulator_state()
+    return [after[what] - before[what] for what in ("launches", "replays", "uploads", "downloads")]
+
+
+@needs_emulation
+@pytest.mark.parametrize("batch", [1, 3, 70])
+@pytest.mark.parametrize("wanted", [{}, {"top_k": 1}, {"top_k": 41}, {"top_k": 5, "also": [3, 7, 9]}], ids=str)
+def test_a_decode_step_is_one_graph(speck: Callable[..., Checkpoint], batch: int, wanted: dict[str, Any]) -> None:
+    m = build(speck(), device="cuda-emulated")
+    caches = [m.new_cache(64) for _ in range(batch)]
+    first, *later = [asked(lambda: m.forward_batch([[7]] * batch, caches, **wanted)) for _ in range(3)]
+    assert first[0] >= 15 and first[1] == 0
+    if batch == 70 and not wanted:  # more logits than the device has memory for
+        assert later == [[first[0], 0, 3, 2]] * 2
+    else:
+        assert first[2:] == [1, 1] and later == [[0, 1, 1, 1]] * 2
+
+
+def check_best(results: Any, logits: np.ndarray, k: int, also: np.ndarray) -> None:
+    """Ids, values and listed values of one row, beside its logits."""
+    others = np.setdiff1d(np.arange(len(logits)), also)
+    order = others[np.lexsort((others, -logits[others]))[:k]]
+    assert results[0].tolist() == order.tolist()
+    assert same(results[1], logits[order]) and same(results[2], logits[also])
+
+
+def test_listed_tokens_of_a_replay(get: GetModel) -> None:
+    """The list changes from step to step, in what it has and in its length; the best token is always on it."""
+    m = get("gemma-mqa")
+    rng = np.random.default_rng(3)
+    cache, second = m.new_cache(), m.new_cache()
+    m.forward(random_tokens(9, 2), cache)
+    for step, count in enumerate((3, 3, 1, 64, 40, 65, 128, 66, 200)):
+        token = np.array([step], np.int32)
+        logits = m.forward(token, cache.clone())
+        other = m.forward(token, second.clone())
+        also = np.unique([logits.argmax(), *rng.permutation(311)[: count - 1]]).astype(np.int32)
+        check_best(m.forward(token, cache.clone(), top_k=6, also=also), logits, 6, also)
+        both = m.forward_batch([token, token], [cache, second], top_k=6, also=also)
+        for row, truth in enumerate((logits, other)):
+            check_best([r[row] for r in both], truth, 6, also)
+
+
 # --- caches ---
 
 
@@ -299,6 +393,45 @@ def test_top_k(get: GetModel) -> None:
     rows = m.forward_batch(prompts, [m.new_cache() for _ in prompts])
     for i, row in enumerate(rows):
         assert ids[i].tolist() == np.lexsort((np.arange(311), -row))[:3].tolist()
+
+
+def test_large_vocabularies(speck: Callable[..., Checkpoint], device: str) -> None:
+    """Three slabs of logits, with ties between them."""
+    c = speck(vocab_size=9000)
+
+    def equal(table: np.ndarray) -> None:
+        table[[4000, 4095, 4096, 4097, 8999]] = table[17]
+        table[100:300] = table[5000]
+
+    tensors = edited(c, "model.embed_tokens.weight", equal)
+    m = _native.Model(c.config, tensors, device, deterministic=True)
+    tokens = random_tokens(25, 3, 9000)
+    logits = all_logits(m, tokens)
+    truth = reference.forward(c.config, reference.weights_of(tensors), tokens)
+    assert reference.nse(logits, truth) <= KV16
+    score = np.take_along_axis(reference.log_softmax(logits[:24]), tokens[1:, None], 1)[:, 0]
+    np.testing.assert_allclose(m.score(tokens, m.new_cache()), score, atol=2e-5)
+    also = np.array([17, 100, 4096, 8999], np.int32)
+    for k in (1, 64, 65, 200):  # 200 for 25 rows: more candidates than there is room for
+        ids, values, beside = m.forward(tokens, m.new_cache(), all_logits=True, top_k=k, also=also)
+        for row in range(25):
+            check_best((ids[row], values[row], beside[row]), logits[row], k, also)
+    # More than a slab has.
+    check_best(m.forward(tokens, m.new_cache(), top_k=4100, also=also), logits[-1], 4100, also)
+
+
+def test_more_results_than_fit(speck: Callable[..., Checkpoint], device: str) -> None:
+    m = build(speck(vocab_size=3000), device=device, deterministic=True)
+    tokens = random_tokens(64, 3, 3000)
+    also = np.arange(0, 3000, 2, dtype=np.int32)  # places for 2048 each of 64 rows, 63 have room
+    rows = [t[None] for t in tokens]
+    for call in (
+        lambda **o: m.forward(tokens, m.new_cache(), all_logits=True, **o),
+        lambda **o: m.forward_batch(rows, [m.new_cache(128) for _ in rows], **o),
+    ):
+        logits, results = call(), call(top_k=1, also=also)
+        for row in range(64):
+            check_best([r[row] for r in results], logits[row], 1, also)
 
 
 @pytest.mark.parametrize("case", ["gemma2-gqa", "gemma:Q8_0"])

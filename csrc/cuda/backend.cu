@@ -1,12 +1,12 @@
 // The CUDA backend: the operations of backend.h as launches on one stream of one device, and decode steps as graphs.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <map>
 #include <mutex>
 
 #include "../quant.h"
-#include "../select.h"
 #include "cublas.h"
 #include "kernels.h"
 #include "layout.h"
@@ -46,6 +46,8 @@ class GpuKv final : public KvStore {
 const GpuMatrix& gpu_matrix(const Matrix& m) { return static_cast<const GpuMatrix&>(m); }
 
 constexpr int64_t kCublasRows = 64;  // a product of fewer rows is not worth its launch
+constexpr int64_t kListed = 64;      // places for listed ids, at least
+constexpr size_t kGraphs = 64;
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -99,6 +101,7 @@ class CudaBackend final : public Backend {
   int64_t prepare(const Config& c) override {
     device_->use();
     if (large_bf16_ && !deterministic_) cublas_ = Cublas::load(device_);
+    vocab_ = c.vocab_size;
     heads_a_group_ = count(c.num_heads / c.num_kv_heads);
     const int64_t E = c.head_dim, e = round_up(E, 16), heads = c.num_heads + 2 * c.num_kv_heads;
     const int64_t widest = round_up(std::max({c.hidden_size, c.intermediate_size, c.num_heads * E}), 32);
@@ -108,7 +111,7 @@ class CudaBackend final : public Backend {
                                std::to_string(heads_a_group_) + " heads a group needs " + std::to_string(block) +
                                " bytes of shared memory a block; this GPU has " +
                                std::to_string(device_->shared_limit()) + "; use device=\"cpu\"");
-    rows_ = reserve(kMaxRows * static_cast<int64_t>(sizeof(Row)));
+    inputs_ = reserve(kMaxRows * static_cast<int64_t>(sizeof(Row) + 4) + 4 + c.vocab_size * 4);
     tiles_ = reserve(kMaxRows * static_cast<int64_t>(sizeof(Tile)));
     qkv_ = reserve(kMaxRows * heads * E * 4);
     y_ = reserve(kMaxRows * c.hidden_size * 4);
@@ -117,10 +120,11 @@ class CudaBackend final : public Backend {
     packed_ = reserve(kMaxRows * widest * 2);
     packed_hidden_ = reserve(kMaxRows * widest * 2);
     logits_ = reserve(kHeadRows * c.vocab_size * 4);
-    pick_ = reserve(2 * kHeadRows * 4);
-    const int64_t slabs = (c.vocab_size + kSlab - 1) / kSlab;
-    candidates_ = reserve(kHeadRows * slabs * kTopMost * static_cast<int64_t>(sizeof(Candidate)));
-    best_ = reserve(kHeadRows * kTopMost * 8);
+    // Every k for a row, a k of 64 for all rows of logits at once.
+    const int64_t slab = slab_size(count(c.vocab_size)), slabs = (c.vocab_size + slab - 1) / slab;
+    candidates_ =
+        reserve(std::max(c.vocab_size + slab, kHeadRows * slabs * 64) * static_cast<int64_t>(sizeof(Candidate)));
+    results_ = reserve(std::max(2 * c.vocab_size + kListed, kMaxRows * 256) * 4);
     const int64_t row = c.num_heads * most_splits(c) * (e + 2) * 4;
     partial_ = reserve(std::max(row, std::min<int64_t>(64 << 20, row * kMaxRows)));
     for (const auto& [base, scale] : {std::pair(c.rope_base, c.rope_scale), std::pair(c.rope_base_local, 1.0f)}) {
@@ -157,7 +161,7 @@ class CudaBackend final : public Backend {
 
   Ceilings ceilings(size_t bytes, int64_t size) override { return measure(device_, bytes, count(size)); }
 
-  void pass(const Rows& rows, const std::function<void()>& body) override {
+  void pass(const Rows& rows, const Wanted& wanted, const std::function<void()>& body) override {
     device_->use();
     std::vector<Row> r(rows.n);
     int64_t last = 0;
@@ -170,9 +174,12 @@ class CudaBackend final : public Backend {
         r[s.row + i] = {kv.data(), static_cast<int32_t>(kv.capacity), rows.tokens[s.row + i],
                         static_cast<int32_t>(s.position + i), 0};
     }
-    device_->upload(rows_.data(), r.data(), r.size() * sizeof(Row));
+    const int64_t picked = static_cast<int64_t>(wanted.pick.size());
+    const int64_t listed = static_cast<int64_t>(wanted.best.also.size());
+    whole_ = picked > 0 && picked <= most_rows(wanted);
+    bring(r, wanted.pick.data(), whole_ ? picked : 0, wanted.best.also.data(), whole_ ? listed : 0);
     decode_ = decode;
-    exact_ = deterministic_ || decode || rows.n <= kRowsALaunch;
+    exact_ = deterministic_ || decode || rows.n <= kRowsABlock;
     tile_count_ = 0;
     if (!exact_ && flash_supports(kv_[0], heads_a_group_)) {
       std::vector<Tile> tiles;
@@ -184,14 +191,11 @@ class CudaBackend final : public Backend {
     }
     splits_ = 1;
     while (splits_ < last / kSplit + 1) splits_ *= 2;
-    if (!decode) return body();
-    // A graph for so many rows and key blocks; where its rows stand is read from rows_. The first such step runs without, since
-    // kernels cannot be loaded while a graph is recorded.
-    if (graphs_.size() > 64) graphs_.clear();
-    const auto [at, first] = graphs_.try_emplace({rows.n, splits_});
-    if (first) return body();
-    if (!at->second) at->second = device_->record(body);
-    device_->replay(*at->second);
+    if (decode && (whole_ || !picked))
+      run_graph({rows.n, splits_, picked, wanted.logits ? -1 : wanted.best.k, room_for(wanted.best)}, body);
+    else
+      body();
+    if (whole_) fetch(wanted, 0, picked);
   }
 
   void embed(const Matrix& table, const Rows& rows, float scale, Buffer& x) override {
@@ -277,45 +281,26 @@ class CudaBackend final : public Backend {
 
   void logits(const Config& c, const Buffer& norm, const Matrix& head, const Buffer& x,
               const std::vector<int64_t>& pick, float* out) override {
-    for_head_rows(c, norm, head, x, pick, [&](int64_t first, int64_t n) {
-      device_->download(out + first * c.vocab_size, logits_.data(), static_cast<size_t>(n * c.vocab_size) * 4);
-    });
+    give({c, norm, head, x}, {pick, out, {}});
+  }
+
+  void top_k(const Config& c, const Buffer& norm, const Matrix& head, const Buffer& x, const std::vector<int64_t>& pick,
+             const Best& best) override {
+    give({c, norm, head, x}, {pick, nullptr, best});
   }
 
   void logprobs(const Config& c, const Buffer& norm, const Matrix& head, const Buffer& x,
                 const std::vector<int64_t>& pick, const std::vector<int32_t>& target, float* out) override {
-    for_head_rows(c, norm, head, x, pick, [&](int64_t first, int64_t n) {
-      auto* targets = reinterpret_cast<int32_t*>(pick_.data()) + kHeadRows;
-      device_->upload(targets, target.data() + first, static_cast<size_t>(n) * 4);
-      log_softmax_at(*device_, logits_.floats(), count(n), count(c.vocab_size), targets, candidates_.floats(),
-                     best_.floats());
-      device_->download(out + first, best_.data(), static_cast<size_t>(n) * 4);
-    });
-  }
-
-  void top_k(const Config& c, const Buffer& norm, const Matrix& head, const Buffer& x, const std::vector<int64_t>& pick,
-             const Best& b) override {
-    const int64_t V = c.vocab_size, k = b.k, listed = static_cast<int64_t>(b.also.size());
-    for_head_rows(c, norm, head, x, pick, [&](int64_t first, int64_t n) {
-      if (k > kTopMost || listed > 0) {
-        std::vector<float> all(static_cast<size_t>(n * V));
-        device_->download(all.data(), logits_.data(), all.size() * 4);
-        for (int64_t i = 0; i < n; ++i) {
-          float* row = all.data() + i * V;
-          for (int64_t j = 0; j < listed; ++j)
-            b.also_values[(first + i) * listed + j] =
-                std::exchange(row[b.also[j]], -std::numeric_limits<float>::infinity());
-          best(row, V, k, b.ids + (first + i) * k, b.values + (first + i) * k);
-        }
-        return;
-      }
-      auto* ids = reinterpret_cast<int32_t*>(best_.data());
-      float* values = best_.floats() + kHeadRows * kTopMost;
-      gpu::top_k(*device_, logits_.floats(), count(n), count(V), count(k),
-                 reinterpret_cast<Candidate*>(candidates_.data()), ids, values);
-      device_->download(b.ids + first * k, ids, static_cast<size_t>(n * k) * 4);
-      device_->download(b.values + first * k, values, static_cast<size_t>(n * k) * 4);
-    });
+    device_->use();
+    const int64_t m = static_cast<int64_t>(pick.size());
+    for (int64_t first = 0; first < m; first += kHeadRows) {
+      const int64_t n = std::min<int64_t>(kHeadRows, m - first);
+      bring({}, &pick[first], n, &target[first], n);
+      head_rows({c, norm, head, x}, m, 0, n);
+      log_softmax_at(*device_, logits_.floats(), count(n), count(vocab_), ids_ + 1, candidates_.floats(),
+                     results_.floats());
+      device_->download(out + first, results_.data(), static_cast<size_t>(n) * 4);
+    }
   }
 
  private:
@@ -326,7 +311,7 @@ class CudaBackend final : public Backend {
     return s;
   }
   Memory reserve(int64_t bytes) { return Memory(device_, static_cast<size_t>(bytes), "activations"); }
-  const Row* row_data() const { return reinterpret_cast<const Row*>(rows_.data()); }
+  const Row* row_data() const { return reinterpret_cast<const Row*>(inputs_.data()); }
   uint16_t* packed() { return reinterpret_cast<uint16_t*>(packed_.data()); }
   uint16_t* packed_hidden() { return reinterpret_cast<uint16_t*>(packed_hidden_.data()); }
 
@@ -382,40 +367,125 @@ class CudaBackend final : public Backend {
     if (post_norm) norm_and_add(*device_, y_.floats(), post_norm->data, c.rms_norm_eps, count(n), count(d), x.data);
   }
 
-  // Logits of the picked rows in logits_, kHeadRows at a time; f(first, n) takes them.
-  template <class F>
-  void for_head_rows(const Config& c, const Buffer& norm, const Matrix& head, const Buffer& x,
-                     const std::vector<int64_t>& pick, F&& f) {
-    device_->use();
-    const int64_t m = static_cast<int64_t>(pick.size());
-    const bool exact = deterministic_ || decode_ || m <= kRowsALaunch;
-    for (int64_t first = 0; first < m; first += kHeadRows) {
-      const int64_t n = std::min<int64_t>(kHeadRows, m - first);
-      std::vector<int32_t> rows(pick.begin() + first, pick.begin() + first + n);
-      auto* device_rows = reinterpret_cast<int32_t*>(pick_.data());
-      device_->upload(device_rows, rows.data(), rows.size() * 4);
-      product({{&gpu_matrix(head), logits_.floats(), c.vocab_size}}, x.data, device_rows, norm.data, c.rms_norm_eps, n,
-              After::store, exact);
-      if (c.final_softcap > 0) softcap(*device_, logits_.floats(), n * c.vocab_size, c.final_softcap);
-      f(first, n);
+  // A graph for passes of one kind; what differs between them is read from inputs_. The first of a kind runs without, since kernels cannot
+  // be loaded while a graph is recorded.
+  using Kind = std::array<int64_t, 5>;  // rows, splits, rows picked, k (-1: logits), room for listed ids
+  void run_graph(const Kind& kind, const std::function<void()>& body) {
+    const auto at = graphs_.find(kind);
+    if (at == graphs_.end()) {
+      body();
+      if (graphs_.size() >= kGraphs) graphs_.clear();
+      graphs_[kind] = nullptr;
+      return;
     }
+    if (!at->second) at->second = device_->record(body);
+    device_->replay(*at->second);
+  }
+
+  // Puts side by side into inputs_, in one copy: the rows of a pass, rows picked, and how many ids there are and the ids.
+  void bring(const std::vector<Row>& rows, const int64_t* pick, int64_t picked, const int32_t* ids, int64_t many) {
+    const size_t at = rows.size() * sizeof(Row);
+    std::vector<int32_t> words(pick, pick + picked);
+    words.push_back(count(many));
+    words.insert(words.end(), ids, ids + many);
+    host_.resize(at + words.size() * 4);
+    if (at) std::memcpy(host_.data(), rows.data(), at);
+    std::memcpy(host_.data() + at, words.data(), words.size() * 4);
+    device_->upload(inputs_.data(), host_.data(), host_.size());
+    picked_ = reinterpret_cast<const int32_t*>(inputs_.data() + at);
+    ids_ = picked_ + picked;
+  }
+
+  struct Head {
+    const Config& c;
+    const Buffer& norm;
+    const Matrix& w;
+    const Buffer& x;
+  };
+
+  // Places of listed ids in a result: a power of two, so that a list that grows from step to step keeps its graph.
+  static int64_t room_for(const Best& b) {
+    int64_t room = kListed;
+    while (room < static_cast<int64_t>(b.also.size())) room *= 2;
+    return b.also.empty() ? 0 : room;
+  }
+  static int64_t words_a_row(const Best& b) { return 2 * b.k + room_for(b); }
+  // Rows whose results there is room for.
+  int64_t most_rows(const Wanted& w) const {
+    return w.logits ? kHeadRows : static_cast<int64_t>(results_.bytes() / 4) / words_a_row(w.best);
+  }
+
+  // In a whole pass this launches and no more: the pass has brought what is asked, and fetches the results.
+  void give(const Head& h, const Wanted& w) {
+    const int64_t m = static_cast<int64_t>(w.pick.size()), many = most_rows(w);
+    if (whole_) return find(h, w, m);
+    device_->use();
+    for (int64_t first = 0; first < m; first += many) {
+      const int64_t n = std::min(many, m - first);
+      bring({}, &w.pick[first], n, w.best.also.data(), static_cast<int64_t>(w.best.also.size()));
+      find(h, w, n);
+      fetch(w, first, n);
+    }
+  }
+
+  // Of n picked rows: logits to logits_, or to results_ ids [n][k], values [n][k], values of the listed [n][room].
+  void find(const Head& h, const Wanted& w, int64_t n) {
+    const int64_t m = static_cast<int64_t>(w.pick.size()), k = w.best.k, room = room_for(w.best);
+    const int V = count(vocab_);
+    for (int64_t first = 0; first < n; first += kHeadRows) {
+      const int some = count(std::min<int64_t>(kHeadRows, n - first));
+      head_rows(h, m, first, some);
+      if (w.logits) continue;
+      float* values = results_.floats() + n * k;
+      if (room) set_aside(*device_, logits_.floats(), some, V, ids_, count(room), values + n * k + first * room);
+      gpu::top_k(*device_, logits_.floats(), some, V, count(k), reinterpret_cast<Candidate*>(candidates_.data()),
+                 static_cast<int64_t>(candidates_.bytes() / sizeof(Candidate)),
+                 reinterpret_cast<int32_t*>(results_.data()) + first * k, values + first * k);
+    }
+  }
+
+  // logits_ of picked rows [first, first + n), of m that are asked for together.
+  void head_rows(const Head& h, int64_t m, int64_t first, int64_t n) {
+    product({{&gpu_matrix(h.w), logits_.floats(), vocab_}}, h.x.data, picked_ + first, h.norm.data, h.c.rms_norm_eps, n,
+            After::store, deterministic_ || decode_ || m <= kRowsABlock);
+    if (h.c.final_softcap > 0) softcap(*device_, logits_.floats(), n * vocab_, h.c.final_softcap);
+  }
+
+  // What `find` found, for rows [first, first + n) of what is wanted.
+  void fetch(const Wanted& w, int64_t first, int64_t n) {
+    if (w.logits) {
+      device_->download(w.logits + first * vocab_, logits_.data(), static_cast<size_t>(n * vocab_) * 4);
+      return;
+    }
+    const Best b = w.best.from(first);
+    const size_t best = static_cast<size_t>(n * b.k) * 4, listed = b.also.size() * 4;
+    host_.resize(static_cast<size_t>(n * words_a_row(b)) * 4);
+    device_->download(host_.data(), results_.data(), host_.size());
+    std::memcpy(b.ids, host_.data(), best);
+    std::memcpy(b.values, host_.data() + best, best);
+    for (int64_t i = 0; listed && i < n; ++i)
+      std::memcpy(b.also_values + i * b.also.size(), host_.data() + 2 * best + i * room_for(b) * 4, listed);
   }
 
   std::shared_ptr<Device> device_;
   const bool deterministic_;
   bool large_bf16_ = false;
   std::unique_ptr<Cublas> cublas_;  // null: the own kernel does all products
+  int64_t vocab_ = 0;
   int heads_a_group_ = 1;
   std::once_flag shaped_;
   std::vector<KvLayer> kv_;  // a layer each
-  Memory rows_, tiles_, qkv_, y_, gate_, up_, packed_, packed_hidden_, logits_, pick_, candidates_, best_, partial_;
+  Memory inputs_, tiles_, qkv_, y_, gate_, up_, packed_, packed_hidden_, logits_, candidates_, results_, partial_;
+  std::vector<uint8_t> host_;                              // what goes to inputs_ or comes from results_
   std::map<std::pair<float, float>, Memory> frequencies_;  // by base and scale
   // Of the pass that runs.
   bool decode_ = false, exact_ = true;
+  bool whole_ = false;                                // its results come with it
+  const int32_t *picked_ = nullptr, *ids_ = nullptr;  // in inputs_
   int64_t splits_ = 1;
-  RopeArgs rope_;       // of the layer, from `qkv` to `attention`
-  int tile_count_ = 0;  // of flash attention; 0: the pass does without
-  std::map<std::pair<int64_t, int64_t>, std::unique_ptr<Graph>> graphs_;  // by rows and splits; null: none yet
+  RopeArgs rope_;                                  // of the layer, from `qkv` to `attention`
+  int tile_count_ = 0;                             // of flash attention; 0: the pass does without
+  std::map<Kind, std::unique_ptr<Graph>> graphs_;  // null: not yet
 };
 
 }  // namespace

@@ -8,11 +8,10 @@
 
 namespace gemma::gpu {
 
-constexpr int kSplit = 64;       // keys a block of decode attention: from absolute multiples of this
-constexpr int kRowsALaunch = 8;  // activation rows that one pass over the weights serves in `matvec`
-constexpr int kHeadRows = 64;    // rows of logits at a time
-constexpr int kSlab = 4096;      // logits a block
-constexpr int kTopMost = 64;     // the largest k of `top_k`
+constexpr int kSplit = 64;      // keys a block of decode attention: from absolute multiples of this
+constexpr int kRowsABlock = 8;  // activation rows a block of `matvec`
+constexpr int kHeadRows = 64;   // rows of logits at a time
+constexpr int kBlockThreads = 256;
 static_assert(kSplit == kKeyBlock, "rings hold whole blocks");
 
 // What kernels know of a row of the pass; in device memory, so that a graph can be replayed at other positions.
@@ -137,15 +136,22 @@ struct Candidate {
   float key;
   int32_t id;
 };
-// The k best of each row of logits[n][vocab], k <= kTopMost. scratch: n * slabs * k candidates.
-void top_k(Device& d, const float* logits, int n, int vocab, int k, Candidate* scratch, int32_t* ids, float* values);
+// Logits a block: at most kBlockThreads slabs a row.
+inline int slab_size(int vocab) {
+  int size = 4096;
+  while (static_cast<int64_t>(size) * kBlockThreads < vocab) size *= 2;
+  return size;
+}
+// The values of listed ids of each row of logits[n][vocab], which become -infinity there. listed: how many, then the ids; at most `room`.
+void set_aside(Device& d, float* logits, int n, int vocab, const int32_t* listed, int room, float* out);
+// The k best of each row of logits[n][vocab]. scratch: `room` candidates, vocab + slab_size(vocab) at least.
+void top_k(Device& d, const float* logits, int n, int vocab, int k, Candidate* scratch, int64_t room, int32_t* ids,
+           float* values);
 // out[i] = log softmax(logits[i])[target[i]]; scratch: n * slabs * 2 floats
 void log_softmax_at(Device& d, const float* logits, int n, int vocab, const int32_t* target, float* scratch,
                     float* out);
 
 // ---- shared by kernels ----
-
-constexpr int kBlockThreads = 256;
 
 // The sum over a block of kBlockThreads threads, in one order; `scratch`: 9 floats of shared memory. Starts and ends with a barrier.
 GEMMA_DEVICE float block_sum(float x, float* scratch) {

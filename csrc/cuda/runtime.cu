@@ -129,11 +129,22 @@ void* Device::allocate(size_t bytes, const char* what) {
   return p;
 }
 void Device::release(void* p) noexcept { emulator::release(p); }
-void Device::upload(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
-void Device::download(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
+void Device::upload(void* to, const void* from, size_t bytes) {
+  not_recording("copy to the device");
+  emulator::count(emulator::Asked::upload);
+  std::memcpy(to, from, bytes);
+}
+void Device::download(void* to, const void* from, size_t bytes) {
+  not_recording("copy from the device");
+  emulator::count(emulator::Asked::download);
+  std::memcpy(to, from, bytes);
+}
 void Device::copy(void* to, const void* from, size_t bytes) { std::memmove(to, from, bytes); }
 void Device::zero(void* to, size_t bytes) { std::memset(to, 0, bytes); }
-void Device::wait(const char*) {}
+void Device::wait(const char* operation) { not_recording(operation); }
+void Device::not_recording(const char* operation) const {
+  if (recording_) throw std::runtime_error("CUDA: " + std::string(operation) + " while a graph is recorded");
+}
 
 std::unique_ptr<Graph> Device::record(const std::function<void()>& body) {
   auto g = std::make_unique<Graph>();
@@ -148,6 +159,7 @@ std::unique_ptr<Graph> Device::record(const std::function<void()>& body) {
   return g;
 }
 void Device::replay(const Graph& g) {
+  emulator::count(emulator::Asked::replay);
   for (const auto& launch : g.launches) launch();
 }
 

@@ -66,7 +66,8 @@ class Device {
   void zero(void* to, size_t bytes);
   void wait(const char* operation);
 
-  // Launches of `body` become a graph; nothing runs. Kernels must have been launched before.
+  // Launches of `body` become a graph; nothing runs. Kernels must have been launched before; copies from and to the host and waiting
+  // do not belong there.
   std::unique_ptr<Graph> record(const std::function<void()>& body);
   void replay(const Graph& g);
 
@@ -90,10 +91,9 @@ class Device {
     check(cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...), name);
 #else
     auto run = [=] { emulator::launch(name, {grid.x, grid.y, grid.z}, threads, shared, [=] { kernel(args...); }); };
-    if (recording_)
-      recording_->push_back(run);
-    else
-      run();
+    if (recording_) return recording_->push_back(run);
+    emulator::count(emulator::Asked::launch);
+    run();
 #endif
   }
 
@@ -106,6 +106,7 @@ class Device {
   cudaStream_t stream_ = nullptr;
   bool overlaps_ = false;  // kernels may start while the one before ends
 #else
+  void not_recording(const char* operation) const;
   std::vector<std::function<void()> >* recording_ = nullptr;
 #endif
 };

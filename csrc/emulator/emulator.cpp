@@ -151,7 +151,7 @@ struct Memory {
   std::mutex mutex;
   std::unordered_map<void*, size_t> sizes;
   size_t total = 0;
-  std::atomic<int64_t> launches{0}, broken{0};
+  std::atomic<int64_t> launches{0}, broken{0}, asked[4] = {};
 };
 Memory& memory() {
   static Memory m;
@@ -376,6 +376,8 @@ size_t allocated() {
   return memory().total;
 }
 int64_t launches() { return memory().launches; }
+void count(Asked what) { ++memory().asked[static_cast<int>(what)]; }
+int64_t counted(Asked what) { return memory().asked[static_cast<int>(what)]; }
 int64_t broken_guards() { return memory().broken; }
 
 }  // namespace gemma::emulator

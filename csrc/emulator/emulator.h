@@ -57,6 +57,10 @@ void* allocate(size_t bytes);  // null when the limit is reached
 void release(void* p);
 size_t allocated();
 int64_t launches();
+// What the host asks of the device. A kernel counts as a launch where it is not part of a graph.
+enum class Asked { launch, replay, upload, download };
+void count(Asked what);
+int64_t counted(Asked what);
 int64_t broken_guards();  // allocations that were found overwritten at their ends
 
 // For tests: a kernel of 64 threads that has the named fault, or none; writes y[64].
