@@ -308,6 +308,19 @@ def check_best(results: Any, logits: np.ndarray, k: int, also: np.ndarray) -> No
     assert same(results[1], logits[order]) and same(results[2], logits[also])
 
 
+def test_more_rows_than_logits_at_a_time(speck: Callable[..., Checkpoint], device: str) -> None:
+    """70 rows of one step: the head takes 64, then 6."""
+    m = build(speck(), device=device)
+    caches = [m.new_cache(64) for _ in range(70)]
+    also = np.array([3, 7, 9], np.int32)
+    for step in range(3):
+        nexts = [np.array([(7 * i + step) % 61], np.int32) for i in range(70)]
+        logits = [m.forward(t, c.clone()) for t, c in zip(nexts, caches, strict=True)]
+        results = m.forward_batch(nexts, caches, top_k=3, also=also)
+        for i in range(70):
+            check_best([r[i] for r in results], logits[i], 3, also)
+
+
 def test_listed_tokens_of_a_replay(get: GetModel) -> None:
     """The list changes from step to step, in what it has and in its length; the best token is always on it."""
     m = get("gemma-mqa")
