@@ -122,9 +122,11 @@ HostTensor tensor_of(const std::string& name, const py::tuple& entry, py::buffer
 
 // Any 1-D integers.
 std::vector<int32_t> tokens_of(const py::object& o) {
-  const py::array a = py::array::ensure(o);
-  if (!a) {
-    PyErr_Clear();
+  py::array a;
+  try {
+    a = py::array(o);
+  } catch (const py::error_already_set& e) {
+    if (!e.matches(PyExc_Exception)) throw;  // Ctrl-C is not the tokens' fault
     throw py::type_error("tokens must be a 1-D array or list of integers");
   }
   GEMMA_CHECK(a.ndim() == 1, "tokens must have 1 dimension, not ", a.ndim());
