@@ -19,10 +19,8 @@ constexpr int kGroups = kPanel / W;  // vectors that cover a panel's 32 rows
 
 #if defined(__GNUC__)
 #define GEMMA_PREFETCH(p) __builtin_prefetch(p)
-#define GEMMA_INLINE __attribute__((always_inline)) inline
 #else
 #define GEMMA_PREFETCH(p) (void)(p)
-#define GEMMA_INLINE inline
 #endif
 
 // ---- elementary functions ----------------------------------------------------------------------------------------------

@@ -8,6 +8,12 @@
 
 #include "../tensor.h"
 
+#if defined(__GNUC__)
+#define GEMMA_INLINE __attribute__((always_inline)) inline
+#else
+#define GEMMA_INLINE inline
+#endif
+
 namespace gemma {
 
 // Activations for quantised weights: int8 in blocks of 32 along K, each with a scale for either half ("fine"), or one for both.

@@ -138,7 +138,7 @@ struct SixBit {  // Q6_K
 // acc += scale * (w . q) * d + min * d * sum(q): one block, one activation row. The order is the specification: for each scale
 // the integer dot product and one fma, then one for the offset.
 template <class Q, bool FINE>
-inline F block_dot(const Block& b, const int8_t* q, const ActScale& s, F acc) {
+GEMMA_INLINE F block_dot(const Block& b, const int8_t* q, const ActScale& s, F acc) {
   if (Q::kSubs == 1 && !FINE) {
     acc = V::fma(V::to_float(V::template dot<Q::kBits, Q::kOffset, 8>(b.w, q, s.sum)),
                  V::mul(b.scale[0], V::set(s.d[0])), acc);

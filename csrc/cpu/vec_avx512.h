@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels.h"
+
 namespace gemma {
 namespace GEMMA_ISA {
 
@@ -125,7 +127,7 @@ struct V {
   }
   // sum over N groups of 4 of (w - OFF) * a, given sum = the sum of a. w < 2^BITS.
   template <int BITS, int OFF, int N>
-  static I dot(const B* w, const int8_t* a, int32_t sum) {
+  static GEMMA_INLINE I dot(const B* w, const int8_t* a, int32_t sum) {
     I x = _mm512_set1_epi32(-OFF * sum);
     I y = _mm512_setzero_si512();
     for (int i = 0; i < N; i += 2) {
