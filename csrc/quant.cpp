@@ -1,6 +1,7 @@
 // The scalar specification of quant.h. Files and hosts are little-endian.
 #include "quant.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -521,6 +522,29 @@ void untile_row(DType type, const uint8_t* panel, int r, int64_t k, uint8_t* row
   }
 }
 
+// std::lround of |x| < 2^31, in a form that compilers vectorise.
+static int round_half_away(float x) {
+  const int whole = static_cast<int>(x);
+  const float rest = x - static_cast<float>(whole);
+  return whole + (rest >= 0.5f) - (rest <= -0.5f);
+}
+
+// Q4_0's scale of least squared error among a few around the one that makes `top`, the value farthest from zero, -8.
+static float least_error_scale(const float (&v)[kBlock], float top) {
+  constexpr int kTried = 17;
+  float d[kTried], inverse[kTried], error[kTried] = {};
+  for (int s = 0; s < kTried; ++s) {
+    d[s] = half_to_float(float_to_half(top / (-8 + 0.1f * static_cast<float>(s - kTried / 2))));
+    inverse[s] = d[s] != 0 ? 1 / d[s] : 0;
+  }
+  for (const float f : v)  // outermost, so that the scales are tried side by side
+    for (int s = 0; s < kTried; ++s) {
+      const float e = f - d[s] * static_cast<float>(nibble(f * inverse[s] + 8.5f) - 8);
+      error[s] += e * e;
+    }
+  return d[std::min_element(error, error + kTried) - error];
+}
+
 void encode_row(DType type, const float* x, int64_t k, uint8_t* row) {
   GEMMA_CHECK(type == DType::Q8_0 || type == DType::Q4_0, "only Q8_0 and Q4_0 can be encoded");
   for (int64_t b = 0; b * kBlock < k; ++b, row += encoding(type).block_bytes) {
@@ -543,23 +567,9 @@ void encode_row(DType type, const float* x, int64_t k, uint8_t* row) {
       const float inverse = d >= std::numeric_limits<float>::min() ? 1 / d : 0;
       store16(row, float_to_half(d));
       for (int i = 0; i < kBlock; ++i)
-        w[i / 4] |= static_cast<uint32_t>(static_cast<int>(std::lround(v[i] * inverse)) + 128) << 8 * (i % 4);
+        w[i / 4] |= static_cast<uint32_t>(round_half_away(v[i] * inverse) + 128) << 8 * (i % 4);
     } else {
-      // The scale of least squared error among a few around the one that makes the farthest value -8.
-      float best_d = 0, best_error = std::numeric_limits<float>::infinity();
-      for (int s = -8; s <= 8; ++s) {
-        const float d = half_to_float(float_to_half(top / (-8 + 0.1f * static_cast<float>(s)))),
-                    inverse = d != 0 ? 1 / d : 0;
-        float error = 0;
-        for (float f : v) {
-          const float e = f - d * static_cast<float>(nibble(f * inverse + 8.5f) - 8);
-          error += e * e;
-        }
-        if (error < best_error) {
-          best_error = error;
-          best_d = d;
-        }
-      }
+      const float best_d = least_error_scale(v, top);
       const float inverse = best_d != 0 ? 1 / best_d : 0;
       store16(row, float_to_half(best_d));
       for (int i = 0; i < kBlock; ++i) w[i / 4] |= static_cast<uint32_t>(nibble(v[i] * inverse + 8.5f)) << 8 * (i % 4);

@@ -198,39 +198,12 @@ void quantize(const float* x, int64_t ldx, int n, int64_t k, bool fine, int8_t* 
   }
 }
 
-int64_t pack_bytes(int64_t k) { return (k + 31) / 32 * 32 * V::kPackedSize; }
-
-// Packed rows lie in pieces of K values, each contiguous over the rows, so that it fills a cache evenly. With one chunk of rows the
-// weights come from memory, and shorter pieces share the first cache better.
-inline int64_t piece(int64_t rows) { return rows <= kActChunk ? 1024 : 2048; }
-// How far apart the rows of the piece with value `at` are, and where that value of a row lies.
-inline int64_t piece_stride(int64_t at, int64_t k, int64_t rows) {
-  const int64_t rest = k - at / piece(rows) * piece(rows);
-  return pack_bytes(rest < piece(rows) ? rest : piece(rows));
-}
-inline int64_t packed_at(int64_t at, int64_t k, int64_t row, int64_t rows) {
-  const int64_t from = at / piece(rows) * piece(rows);
-  return (from * rows + at - from) * V::kPackedSize + row * piece_stride(at, k, rows);
-}
-
-void pack(const float* x, int64_t at, int64_t count, int64_t k, void* out, int64_t row, int64_t rows) {
-  for (int64_t i = at; i < at + count; i += 32, x += 32) {
-    uint8_t* o = static_cast<uint8_t*>(out) + packed_at(i, k, row, rows);
-    if (i + 32 <= at + count) {
-      V::pack32(x, o);
-    } else {
-      float rest[32] = {};
-      for (int64_t j = 0; i + j < at + count; ++j) rest[j] = x[j];
-      V::pack32(rest, o);
-    }
-  }
-}
-
 }  // namespace GEMMA_ISA
 }  // namespace gemma
 
 // Parts that use what is above.
 #include "attention-inl.h"
+#include "bf16-inl.h"
 #include "products-inl.h"
 
 namespace gemma {
@@ -283,11 +256,11 @@ constexpr Kernels make_table(const char* name) {
   k.name = name;
   k.rms_norm = rms_norm;
   k.quantize = quantize;
-  k.pack = pack;
+  k.pack = pack<V>;
   k.pack_bytes = pack_bytes;
   k.panel = panel;
   k.scan = scan;
-  k.bf16 = bf16;
+  k.bf16 = bf16<V>;
   k.geglu = geglu;
   k.add = add;
   k.softcap = softcap;

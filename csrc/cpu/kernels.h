@@ -58,8 +58,8 @@ struct Kernels {
   void (*scan)(const uint8_t* panel, int64_t blocks, const QuantActs& acts, const float* energy, float* tile,
                float* variance);
   // out[i * ldo + r] = W[r] . x[first + i] for `rows` weight rows in file order (at most kBf16Rows) and m (at most kActChunk) of
-  // the n packed activation rows. `scratch`, 4 kBf16Rows bytes for every K value and for up to 31 more, keeps the weights as the
-  // kernel likes them: `again` says that the last call with this scratch was for the same weights.
+  // the n packed activation rows. `scratch`, of bf16_scratch(k) bytes, keeps the weights as the kernel likes them: `again` says that
+  // the last call with this scratch was for the same weights.
   void (*bf16)(const uint16_t* w, int64_t ldw, int rows, int64_t k, const void* x, int64_t first, int m, int64_t n,
                uint8_t* scratch, bool again, float* out, int64_t ldo);
 
@@ -91,6 +91,7 @@ struct Kernels {
 };
 
 constexpr int kBf16Rows = 32;
+constexpr int64_t bf16_scratch(int64_t k) { return 4 * kBf16Rows * (k + k / 128 + 64); }
 
 extern const Kernels kScalarKernels;
 #if defined(GEMMA_NATIVE_X86)

@@ -166,11 +166,13 @@ struct V {
 #endif
   }
 
-  // bf16 products: 16 values along K at a time, activations in float32 with even elements before odd ones. Even and odd elements take
-  // turns, so that twelve sums and what they need fit 16 registers.
+  // bf16 products: 16 values along K at a time, activations in float32 with even elements before odd ones. A row of weights is widened
+  // in registers for up to three rows of activations; more are worth transposing it.
   static constexpr int kBf16Step = 16, kBf16Halves = 2;
-  static constexpr int kBf16TileW = 2, kBf16TileX = 3;
+  static constexpr int kBf16TileW = 1, kBf16TileX = 3;
   static constexpr int kPackedSize = 4, kKeptSize = 4;
+  static constexpr int64_t kPiece = 2048;
+  static constexpr int kColumnsFrom = 4;
   using Wide = __m256;
   using Packed = __m256;
   struct Sum {
@@ -189,15 +191,37 @@ struct V {
     return _mm256_loadu_ps(reinterpret_cast<const float*>(p) + 8 * half);
   }
   static Packed load_packed(const void* x, int half) {
-    Packed p = _mm256_loadu_ps(static_cast<const float*>(x) + 8 * half);
-#if defined(__GNUC__)
-    __asm__("" : "+x"(p));  // loaded once, not by each instruction that takes it
-#endif
-    return p;
+    return _mm256_loadu_ps(static_cast<const float*>(x) + 8 * half);
   }
   static void dot_bf16(Sum& s, int half, Wide w, Packed x) { s.half[half] = _mm256_fmadd_ps(w, x, s.half[half]); }
   static void close(const Sum* s, int stride, int n, float* out) {
     for (int i = 0; i < n; ++i) out[i] = sum(_mm256_add_ps(s[i * stride].half[0], s[i * stride].half[1]));
+  }
+  // The order in which `close` joins what lane and half hold: k = j with k = j + 1, then j + 8, j + 4 and j + 2.
+  static constexpr int kTree[] = {1, 8, 4, 2};
+  // c[j] = values at + 2 j and at + 2 j + 1 of 8 rows.
+  static void columns(const uint16_t* const* rows, int64_t at, I* c) {
+    I x[8], y[8];
+    for (int i = 0; i < 8; ++i) x[i] = load_i(rows[i] + at);
+    for (int i = 0; i < 8; i += 2) {
+      y[i] = _mm256_unpacklo_epi32(x[i], x[i + 1]);
+      y[i + 1] = _mm256_unpackhi_epi32(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+      for (int j = 0; j < 2; ++j) {
+        x[i + 2 * j] = _mm256_unpacklo_epi64(y[i + j], y[i + j + 2]);
+        x[i + 2 * j + 1] = _mm256_unpackhi_epi64(y[i + j], y[i + j + 2]);
+      }
+    for (int i = 0; i < 4; ++i) {
+      c[i] = _mm256_permute2x128_si256(x[i], x[i + 4], 0x20);
+      c[i + 4] = _mm256_permute2x128_si256(x[i], x[i + 4], 0x31);
+    }
+  }
+  // The lower or upper bf16 of each word.
+  template <bool UPPER>
+  static F half(const uint32_t* p) {
+    return _mm256_castsi256_ps(UPPER ? _mm256_and_si256(load_i(p), set_i(static_cast<int>(0xffff0000u)))
+                                     : _mm256_slli_epi32(load_i(p), 16));
   }
   // 32 floats to packed form
   static void pack32(const float* x, void* out) {

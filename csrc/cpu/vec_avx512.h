@@ -141,6 +141,8 @@ struct V {
   static constexpr int kBf16Step = 32, kBf16Halves = 1;
   static constexpr int kBf16TileW = 4, kBf16TileX = 6;
   static constexpr int kPackedSize = 2, kKeptSize = 2;
+  static constexpr int64_t kPiece = 1024;  // see `piece`
+  static constexpr int kColumnsFrom = 0;   // never by columns: not measured at this level
   using Wide = __m512i;
   using Packed = __m512i;
   static __m512bh as_bf16(__m512i x) {

@@ -235,6 +235,8 @@ struct V {
   static constexpr int kBf16Step = 16, kBf16Halves = 1;
   static constexpr int kBf16TileW = 2, kBf16TileX = 2;
   static constexpr int kPackedSize = 4, kKeptSize = 2;
+  static constexpr int64_t kPiece = 1024;  // see `piece`
+  static constexpr int kColumnsFrom = 0;   // never by columns
   struct Wide {
     uint16_t v[16];
   };
