@@ -139,6 +139,8 @@ class Backend {
   virtual void embed(const Matrix& table, const Rows& rows, float scale, Buffer& x) = 0;
   // q[N, H, E] = rope(norm(W_q rmsnorm(x))) * query_scale; k and v go to the spans' stores.
   virtual void qkv(const Config& c, const LayerWeights& w, const Rows& rows, const Buffer& x, Buffer& q) = 0;
+  // Rows `pick` (ascending) of x and q become rows 0, 1, ... Returns whether it did: a backend may prefer that all rows go on.
+  virtual bool keep_rows(const Config&, const std::vector<int64_t>&, Buffer&, Buffer&) { return false; }
   // out[N, H, E] = softmax(mask(softcap(q k))) v over each row's own sequence
   virtual void attention(const Config& c, const LayerWeights& w, const Rows& rows, const Buffer& q, Buffer& out) = 0;
   // x[N, D] += post_norm(W_o attended), attended [N, H, E]; without post_norm x += W_o attended

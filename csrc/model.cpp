@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <set>
 
 #include "quant.h"
@@ -168,21 +169,47 @@ void Model::resize_buffers(int64_t rows) {
   backend_->resize(*attended_, rows * c.num_heads * c.head_dim);
 }
 
-// Embedding, every layer, and the head for what is wanted.
-void Model::pass(const Rows& rows, const Wanted& wanted, const Poll& poll) {
+// Rows `pick` of others, each a span of its own.
+static Rows picked_of(const Rows& rows, const std::vector<int64_t>& pick) {
+  Rows some;
+  auto span = rows.spans.begin();
+  for (int64_t row : pick) {
+    while (row >= span->row + span->count) ++span;
+    some.spans.push_back({span->kv, some.n++, 1, span->position + row - span->row});
+    some.tokens.push_back(rows.tokens[row]);
+  }
+  return some;
+}
+
+// Embedding, every layer, and the head for what is wanted. `every_row`: x is wanted of all rows afterwards.
+void Model::pass(const Rows& rows, const Wanted& wanted, bool every_row, const Poll& poll) {
   const Config& c = config_;
   Backend& b = *backend_;
   resize_buffers(rows.n);
   b.pass(rows, wanted, [&] {
     b.embed(*embedding_, rows, std::sqrt(static_cast<float>(c.hidden_size)), *x_);
+    const Rows* left = &rows;
+    const Wanted* asked = &wanted;
+    Rows some;
+    Wanted asked_of_some;
     for (const LayerWeights& w : layers_) {
       poll();
       b.qkv(c, w, rows, *x_, *q_);
-      b.attention(c, w, rows, *q_, *attended_);
-      b.project_add(c, w, rows, *attended_, *x_);
-      b.feed_forward(c, w, rows, *x_);
+      // The last layer's keys and values are in the cache: of the rest only what is wanted need be computed.
+      if (&w == &layers_.back() && !every_row && static_cast<int64_t>(wanted.pick.size()) < rows.n &&
+          b.keep_rows(c, wanted.pick, *x_, *q_)) {
+        if (wanted.pick.empty()) return;
+        some = picked_of(rows, wanted.pick);
+        asked_of_some = wanted;
+        std::iota(asked_of_some.pick.begin(), asked_of_some.pick.end(), 0);
+        left = &some;
+        asked = &asked_of_some;
+      }
+      b.attention(c, w, *left, *q_, *attended_);
+      b.project_add(c, w, *left, *attended_, *x_);
+      b.feed_forward(c, w, *left, *x_);
     }
-    head(wanted);
+    head(*asked);
   });
 }
 
@@ -235,7 +262,8 @@ void Model::forward(const std::vector<std::vector<int32_t>>& tokens, const std::
       cache.high_ = std::max(cache.high_, end);  // slots are overwritten even if this chunk is cancelled
     }
     Wanted last;  // results of sequences that end in this chunk
-    if (out.kind == Output::last_logits || out.kind == Output::top_k) {
+    const bool last_rows = out.kind == Output::last_logits || out.kind == Output::top_k;
+    if (last_rows) {
       // Chunks fill up in the order of the sequences, so those that end in one stand side by side, from owner[0] on: the head's
       // weights are read once for all of them.
       last = wanted_at(out, static_cast<int64_t>(owner[0]), c.vocab_size);
@@ -245,7 +273,7 @@ void Model::forward(const std::vector<std::vector<int32_t>>& tokens, const std::
           last.pick.push_back(span.row + span.count - 1);
       }
     }
-    pass(rows, last, poll);
+    pass(rows, last, !last_rows, poll);
 
     // Results of every row, before the tokens count as appended.
     if (out.kind == Output::all_logits || out.kind == Output::all_top_k) {

@@ -78,7 +78,7 @@ class Model {
 
  private:
   void resize_buffers(int64_t rows);
-  void pass(const Rows& rows, const Wanted& wanted, const Poll& poll);
+  void pass(const Rows& rows, const Wanted& wanted, bool every_row, const Poll& poll);
   void head(const Wanted& wanted);
 
   Config config_;

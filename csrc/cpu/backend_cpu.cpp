@@ -104,6 +104,15 @@ class CpuBackend final : public Backend {
     });
   }
 
+  bool keep_rows(const Config& c, const std::vector<int64_t>& pick, Buffer& x, Buffer& q) override {
+    const int64_t d = c.hidden_size, h = c.num_heads * c.head_dim;
+    for (int64_t i = 0; i < static_cast<int64_t>(pick.size()); ++i) {
+      std::memmove(x.data + i * d, x.data + pick[i] * d, d * sizeof(float));
+      std::memmove(q.data + i * h, q.data + pick[i] * h, h * sizeof(float));
+    }
+    return true;
+  }
+
   void attention(const Config& c, const LayerWeights& w, const Rows& rows, const Buffer& q, Buffer& out) override {
     std::vector<Tile> tiles;
     const int64_t per_group = c.num_heads / c.num_kv_heads;

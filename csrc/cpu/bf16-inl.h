@@ -132,10 +132,15 @@ void bf16(const uint16_t* w, int64_t ldw, int rows, int64_t k, const void* acts,
   uint16_t tail[kBf16Rows][32] = {};
   for (int r = 0; r < rows; ++r)
     for (int64_t j = k / kStep * kStep; j < k; ++j) tail[r][j % kStep] = w[r * ldw + j];
-  if (n == 1) {  // row after row: memory is read in one stream, and the next row is on its way
-    for (int r = 0; r < rows; ++r)
-      bf16_steps<1, 1, false>({w + r * ldw, ldw, tail + r, nullptr, w + (r + 1) * ldw, nullptr},
-                              static_cast<const uint8_t*>(acts), 0, 0, k, sums[0] + r);
+  if (n == 1) {  // row after row: memory is read in few streams, and the next rows are on their way
+    constexpr int kRows = V::kBf16Streams;
+    int r = 0;
+    for (; r + kRows <= rows; r += kRows)
+      bf16_steps<kRows, 1, false>({w + r * ldw, ldw, tail + r, nullptr, w + (r + kRows) * ldw, nullptr},
+                                  static_cast<const uint8_t*>(acts), 0, 0, k, sums[0] + r);
+    for (; r < rows; ++r)
+      bf16_steps<1, 1, false>({w + r * ldw, ldw, tail + r, nullptr, nullptr, nullptr}, static_cast<const uint8_t*>(acts), 0,
+                              0, k, sums[0] + r);
     V::close(&sums[0][0][0], M, rows, out);
     return;
   }

@@ -140,6 +140,7 @@ struct V {
   // bf16 products: 32 values along K at a time.
   static constexpr int kBf16Step = 32, kBf16Halves = 1;
   static constexpr int kBf16TileW = 4, kBf16TileX = 6;
+  static constexpr int kBf16Streams = 1;  // weight rows read side by side for a single row of activations
   static constexpr int kPackedSize = 2, kKeptSize = 2;
   static constexpr int64_t kPiece = 1024;  // see `piece`
   static constexpr int kColumnsFrom = 0;   // never by columns: not measured at this level

@@ -234,6 +234,7 @@ struct V {
   // bf16 products: 16 values along K at a time, activations in float32.
   static constexpr int kBf16Step = 16, kBf16Halves = 1;
   static constexpr int kBf16TileW = 2, kBf16TileX = 2;
+  static constexpr int kBf16Streams = 1;  // weight rows read side by side for a single row of activations
   static constexpr int kPackedSize = 4, kKeptSize = 2;
   static constexpr int64_t kPiece = 1024;  // see `piece`
   static constexpr int kColumnsFrom = 0;   // never by columns
