@@ -92,14 +92,17 @@ struct ColumnTile<T, 0> {
   static void add(int64_t, bool, const uint32_t*, const float*, int64_t, bool, float*) {}
 };
 
-// Lines of the weights that come after a span, asked for a few at a time while it is multiplied.
+// The weights that come after a span, asked for into L2 a few cache lines at a time while it is multiplied.
 struct NextWeights {
   const uint16_t* w;
-  int64_t ldw, lines, each;
-  int64_t done = 0;
+  int64_t ldw, count, each;  // K values a row; lines a call
+  int row = 0;
+  int64_t at = 0;
   void fetch() {
-    for (const int64_t end = done + each < lines ? done + each : lines; done < end; ++done)
-      GEMMA_PREFETCH(w + done % kGroup * ldw + done / kGroup * 32);
+    for (int64_t i = 0; i < each && row < kGroup; ++i) {
+      GEMMA_PREFETCH_L2(w + at);
+      if ((at += 32) >= count) at = 0, w += ldw, ++row;
+    }
   }
 };
 
@@ -116,10 +119,9 @@ void bf16_columns(const uint16_t* w, int64_t ldw, int rows, int64_t k, const flo
     for (int64_t from = 0; from < k; from += kColumnSpan) {
       const int64_t count = span_at(from, k), steps = steps_of(count), pass = steps * kGroup + kPassGap;
       if (!again) weight_columns<T>(group + from, ldw, group_rows, count, scratch);
-      const uint16_t* after = from + count < k ? group + from + count : group + kGroup * ldw;
-      const bool last = first + m == n;  // of the chunks that these weights meet
-      NextWeights next{after, ldw, last ? span_at(from + count < k ? from + count : 0, k) * kGroup / 32 : 0, 0};
-      next.each = next.lines / (kPasses * tiles) + 1;
+      const bool more = from + count < k, last = first + m == n;  // of the chunks that these weights meet
+      NextWeights next{group + (more ? from + count : kGroup * ldw), ldw, span_at(more ? from + count : 0, k), 0};
+      if (last) next.each = next.count * kGroup / 32 / (kPasses * tiles) + 1;
       const float* x = chunk + from * m;
       for (int j = 0; j < kPasses; ++j)
         for (int64_t t = 0; t < tiles; ++t) {
