@@ -391,14 +391,15 @@ py::bytes test_tile(const std::string& type, const py::bytes& data, int64_t rows
   return out;
 }
 
-py::bytes quantize_reference(const std::string& type, const FloatArray& x) {
+py::bytes quantize_reference(const std::string& type, const FloatArray& x, bool by_kernels) {
   const DType t = dtype_of("quantize", type);
   GEMMA_CHECK(t == DType::Q8_0 || t == DType::Q4_0, "only Q8_0 and Q4_0 can be encoded");
   GEMMA_CHECK(x.ndim() == 2, "x must be [rows, k]");
   std::string out(row_bytes(t, x.shape(1)) * static_cast<size_t>(x.shape(0)), '\0');
   for (py::ssize_t r = 0; r < x.shape(0); ++r)
     encode_row(t, x.data() + r * x.shape(1), x.shape(1),
-               reinterpret_cast<uint8_t*>(&out[0]) + row_bytes(t, x.shape(1)) * r);
+               reinterpret_cast<uint8_t*>(&out[0]) + row_bytes(t, x.shape(1)) * r,
+               by_kernels ? kernels().q4_errors : q4_errors);
   return out;
 }
 
@@ -457,7 +458,7 @@ void add_testing(py::module_& m) {
         [](const std::string& n, const py::bytes& d, int64_t r, int64_t c) { return test_tile(n, d, r, c, false); });
   t.def("untile",
         [](const std::string& n, const py::bytes& d, int64_t r, int64_t c) { return test_tile(n, d, r, c, true); });
-  t.def("quantize", quantize_reference, py::arg("dtype"), py::arg("x"));
+  t.def("quantize", quantize_reference, py::arg("dtype"), py::arg("x"), py::arg("by_kernels") = false);
   t.def("dequantize", dequantize_reference, py::arg("dtype"), py::arg("data"), py::arg("rows"), py::arg("cols"));
   t.def("rms_norm", [](const FloatArray& x, const FloatArray& w, float eps) {
     GEMMA_CHECK(x.size() == w.size(), "x and w differ in size");

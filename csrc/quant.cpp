@@ -450,7 +450,7 @@ void check_convertible(const HostTensor& s, DType target) {
                 " values, not a multiple of ", encoding(s.type).name, "'s block of ", encoding(s.type).block);
 }
 
-void convert_row(const HostTensor& s, int64_t r, DType target, float* values, uint8_t* out) {
+void convert_row(const HostTensor& s, int64_t r, DType target, float* values, uint8_t* out, Q4Errors errors) {
   decode_row(s.type, s.data + r * row_bytes(s.type, s.cols), s.cols, values);
   if (target == DType::BF16) {
     for (int64_t i = 0; i < s.cols; ++i) {
@@ -460,7 +460,7 @@ void convert_row(const HostTensor& s, int64_t r, DType target, float* values, ui
     return;
   }
   try {
-    encode_row(target, values, s.cols, out);
+    encode_row(target, values, s.cols, out, errors);
   } catch (const InputError& e) {
     fail("tensor \"", s.name, "\", row ", r, ": ", e.what());
   }
@@ -523,29 +523,36 @@ void untile_row(DType type, const uint8_t* panel, int r, int64_t k, uint8_t* row
 }
 
 // std::lround of |x| < 2^31, in a form that compilers vectorise.
-static int round_half_away(float x) {
+static inline int round_half_away(float x) {
   const int whole = static_cast<int>(x);
   const float rest = x - static_cast<float>(whole);
   return whole + (rest >= 0.5f) - (rest <= -0.5f);
 }
 
+void q4_errors(const float* v, const float* d, const float* inverse, float* error) {
+  for (int s = 0; s < kQ4Scales; ++s) {
+    error[s] = 0;
+    for (int i = 0; i < kBlock; ++i) {
+      const float e = v[i] - d[s] * static_cast<float>(nibble(v[i] * inverse[s] + 8.5f) - 8);
+      error[s] += e * e;
+    }
+  }
+}
+
 // Q4_0's scale of least squared error among a few around the one that makes `top`, the value farthest from zero, -8.
-static float least_error_scale(const float (&v)[kBlock], float top) {
+static float least_error_scale(const float* v, float top, Q4Errors errors) {
   constexpr int kTried = 17;
-  float d[kTried], inverse[kTried], error[kTried] = {};
+  static_assert(kTried <= kQ4Scales, "the rest are zeros");
+  float d[kQ4Scales] = {}, inverse[kQ4Scales] = {}, error[kQ4Scales];
   for (int s = 0; s < kTried; ++s) {
     d[s] = half_to_float(float_to_half(top / (-8 + 0.1f * static_cast<float>(s - kTried / 2))));
     inverse[s] = d[s] != 0 ? 1 / d[s] : 0;
   }
-  for (const float f : v)  // outermost, so that the scales are tried side by side
-    for (int s = 0; s < kTried; ++s) {
-      const float e = f - d[s] * static_cast<float>(nibble(f * inverse[s] + 8.5f) - 8);
-      error[s] += e * e;
-    }
+  errors(v, d, inverse, error);
   return d[std::min_element(error, error + kTried) - error];
 }
 
-void encode_row(DType type, const float* x, int64_t k, uint8_t* row) {
+void encode_row(DType type, const float* x, int64_t k, uint8_t* row, Q4Errors errors) {
   GEMMA_CHECK(type == DType::Q8_0 || type == DType::Q4_0, "only Q8_0 and Q4_0 can be encoded");
   for (int64_t b = 0; b * kBlock < k; ++b, row += encoding(type).block_bytes) {
     float v[kBlock] = {};
@@ -569,7 +576,7 @@ void encode_row(DType type, const float* x, int64_t k, uint8_t* row) {
       for (int i = 0; i < kBlock; ++i)
         w[i / 4] |= static_cast<uint32_t>(round_half_away(v[i] * inverse) + 128) << 8 * (i % 4);
     } else {
-      const float best_d = least_error_scale(v, top);
+      const float best_d = least_error_scale(v, top, errors);
       const float inverse = best_d != 0 ? 1 / best_d : 0;
       store16(row, float_to_half(best_d));
       for (int i = 0; i < kBlock; ++i) w[i / 4] |= static_cast<uint32_t>(nibble(v[i] * inverse + 8.5f)) << 8 * (i % 4);

@@ -53,15 +53,21 @@ float bf16_to_float(uint16_t b);
 
 // One row of a file (F32, F16, BF16 or blocks) to float32.
 void decode_row(DType type, const uint8_t* row, int64_t k, float* out);
+// error[s] = the squared error of a block of 32 values as Q4_0 with scale d[s], whose inverse is given, for kQ4Scales scales. Most of
+// the time of encoding goes here: kernels.h has the same in vectors.
+constexpr int kQ4Scales = 32;
+using Q4Errors = void (*)(const float* v, const float* d, const float* inverse, float* error);
+void q4_errors(const float* v, const float* d, const float* inverse, float* error);
 // float32 to file blocks; type is Q8_0 or Q4_0. k may be any positive number: the last block is padded with zeros.
-void encode_row(DType type, const float* x, int64_t k, uint8_t* row);
+void encode_row(DType type, const float* x, int64_t k, uint8_t* row, Q4Errors errors = q4_errors);
 
 // A matrix as the loaders of the backends take it. Throws InputError for panels of another type than `target`, and for rows that are no
 // whole number of blocks.
 void check_convertible(const HostTensor& source, DType target);
 // Row r of `source`, whatever its type, as a file's row of `target` (BF16, Q8_0 or Q4_0). values: cols + 256 floats of scratch. Throws
 // InputError naming tensor and row.
-void convert_row(const HostTensor& source, int64_t r, DType target, float* values, uint8_t* out);
+void convert_row(const HostTensor& source, int64_t r, DType target, float* values, uint8_t* out,
+                 Q4Errors errors = q4_errors);
 
 // rows (<= 32) file rows, row_stride bytes apart, to one panel.
 void tile_panel(DType type, const uint8_t* src, size_t row_stride, int rows, int64_t k, uint8_t* panel);

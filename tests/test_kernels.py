@@ -194,6 +194,16 @@ def test_encoding_weights(name: str) -> None:
     assert ((back - x) ** 2).sum() <= 1.0001 * ((theirs - x) ** 2).sum()  # no worse than the format's own encoder
 
 
+@pytest.mark.parametrize("size", [1e-9, 1e-3, 1, 1e3])
+def test_encoding_in_vectors_is_the_same(size: float) -> None:
+    """What loading as int4 writes is what the scalar encoder would write."""
+    rng = np.random.default_rng(6)
+    x = (size * rng.standard_normal((300, 336)) * np.exp(rng.standard_normal((300, 1)))).astype(np.float32)
+    x[:, ::7] = np.round(x[:, ::7] / size) * size
+    x[5, :64] = 0
+    assert T.quantize("Q4_0", x, by_kernels=True) == T.quantize("Q4_0", x)
+
+
 @pytest.mark.parametrize("n", [1, 7, 8, 15, 16, 17, 33, 640, 1153])
 def test_pointwise(n: int) -> None:
     rng = np.random.default_rng(n)

@@ -200,6 +200,23 @@ void quantize(const float* x, int64_t ldx, int n, int64_t k, bool fine, int8_t* 
   }
 }
 
+// ---- loading -----------------------------------------------------------------------------------------------------------
+
+void q4_errors(const float* v, const float* d, const float* inverse, float* error) {
+  const F half = V::set(8.5f), most = V::set(15.0f), eight = V::set(8.0f);
+  for (int s = 0; s < kQ4Scales; s += W) {
+    const F scale = V::load(d + s), by = V::load(inverse + s);
+    F sum = V::zero();
+    for (int i = 0; i < kBlock; ++i) {
+      const F x = V::set(v[i]);
+      const F q = V::min(V::max(V::add(V::mul(x, by), half), V::zero()), most);
+      const F e = V::sub(x, V::mul(scale, V::sub(V::to_float(V::truncate(q)), eight)));
+      sum = V::add(sum, V::mul(e, e));
+    }
+    V::store(error + s, sum);
+  }
+}
+
 }  // namespace GEMMA_ISA
 }  // namespace gemma
 
@@ -271,6 +288,7 @@ constexpr Kernels make_table(const char* name) {
   k.attend = attend;
   k.fold = fold;
   k.divide = divide;
+  k.q4_errors = q4_errors;
   k.read = read;
   k.peak_int8 = peak_int8;
   k.peak_bf16 = peak_bf16;

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "../quant.h"
 #include "../tensor.h"
 
 #if defined(__GNUC__)
@@ -81,6 +82,8 @@ struct Kernels {
   void (*fold)(float* max, float* sum, float* acc, float block_max, float block_sum, const float* block, int64_t e);
   // out[i] = acc[i] / sum
   void (*divide)(const float* acc, float sum, int64_t n, float* out);
+
+  Q4Errors q4_errors;  // see quant.h
 
   // For probes.h: reads n bytes (a multiple of 256) and returns some sum of them; runs nothing but independent dot-product or
   // multiply-add instructions and returns how many operations that were.

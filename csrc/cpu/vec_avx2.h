@@ -50,6 +50,7 @@ struct V {
   static I set_i(int32_t x) { return _mm256_set1_epi32(x); }
   static I load_i(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static I round(F x) { return _mm256_cvtps_epi32(x); }  // to nearest even
+  static I truncate(F x) { return _mm256_cvttps_epi32(x); }
   static F to_float(I x) { return _mm256_cvtepi32_ps(x); }
   static I add_i(I a, I b) { return _mm256_add_epi32(a, b); }
   static I and_i(I a, I b) { return _mm256_and_si256(a, b); }

@@ -52,6 +52,7 @@ struct V {
   static I set_i(int32_t x) { return _mm512_set1_epi32(x); }
   static I load_i(const void* p) { return _mm512_loadu_si512(p); }
   static I round(F x) { return _mm512_cvtps_epi32(x); }  // to nearest even
+  static I truncate(F x) { return _mm512_cvttps_epi32(x); }
   static F to_float(I x) { return _mm512_cvtepi32_ps(x); }
   static I add_i(I a, I b) { return _mm512_add_epi32(a, b); }
   static I and_i(I a, I b) { return _mm512_and_si512(a, b); }

@@ -104,6 +104,11 @@ struct V {
     GEMMA_EACH r.v[i] = fabsf(x.v[i]) < 2147483520.0f ? static_cast<int32_t>(nearbyintf(x.v[i])) : INT32_MIN;
     return r;
   }
+  static I truncate(F x) {
+    I r;
+    GEMMA_EACH r.v[i] = static_cast<int32_t>(x.v[i]);
+    return r;
+  }
   static F to_float(I x) {
     F r;
     GEMMA_EACH r.v[i] = static_cast<float>(x.v[i]);
