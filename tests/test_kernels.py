@@ -111,6 +111,17 @@ def test_product_bits_do_not_depend_on_company_or_threads(name: str) -> None:
         assert T.product(name, data, rows, k, x[a:b]).tobytes() == together[a:b].tobytes()
 
 
+@pytest.mark.parametrize(("rows", "k"), [(1, 1), (3, 17), (15, 32), (17, 333), (33, 2047), (40, 2049), (16, 4130)])
+def test_bf16_bits_do_not_depend_on_company(rows: int, k: int) -> None:
+    """Few rows and many go through different kernels, K through spans, and the last step of a row may be short."""
+    rng = np.random.default_rng(k)
+    data = (rng.standard_normal((rows, k)).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16).tobytes()
+    x = rng.standard_normal((131, k)).astype(np.float32)
+    alone = b"".join(T.product("BF16", data, rows, k, x[i : i + 1]).tobytes() for i in range(131))
+    for m in (2, 3, 4, 5, 6, 7, 11, 32, 63, 64, 65, 131):
+        assert T.product("BF16", data, rows, k, x[:m], threads=2).tobytes() == alone[: 4 * rows * m], m
+
+
 @pytest.mark.parametrize("name", BLOCK)
 def test_bad_activations_stay_bad(name: str) -> None:
     """NaN or infinity in a row reaches that row's result, and no other's."""

@@ -12,10 +12,10 @@ namespace gemma {
 namespace GEMMA_ISA {
 
 constexpr int kPasses = 16;
-constexpr int kGroup = 2 * W;           // weight rows of a tile
-constexpr int kTileRows = 6;            // activation rows of a tile: with two weight vectors, 12 sums in 16 registers
-constexpr int64_t kColumnSpan = 2048;   // K values of a group's weights, which stay in L2
-constexpr int64_t kPassGap = kGroup;    // words between passes, whose lengths would else share cache sets
+constexpr int kGroup = 2 * W;          // weight rows of a tile
+constexpr int kTileRows = 6;           // activation rows of a tile: with two weight vectors, 12 sums in 16 registers
+constexpr int64_t kColumnSpan = 2048;  // K values of a group's weights, which stay in L2
+constexpr int64_t kPassGap = kGroup;   // words between passes, whose lengths would else share cache sets
 
 inline int64_t steps_of(int64_t k) { return (k + kPasses - 1) / kPasses; }
 inline int64_t span_at(int64_t from, int64_t k) { return k - from < kColumnSpan ? k - from : kColumnSpan; }
@@ -31,7 +31,8 @@ void pack_columns(const float* x, int64_t at, int64_t count, int64_t k, float* o
   const int64_t first = tile_at(t, m, tiles), width = tile_at(t + 1, m, tiles) - first;
   for (int64_t i = at; i < at + count; i += kPasses, x += kPasses) {
     const int64_t from = i / kColumnSpan * kColumnSpan, steps = steps_of(span_at(from, k));
-    float* o = out + chunk * steps_of(k) * kPasses + from * m + steps * first + (i - from) / kPasses * width + r - first;
+    float* o =
+        out + chunk * steps_of(k) * kPasses + from * m + steps * first + (i - from) / kPasses * width + r - first;
     for (int64_t j = 0; j < kPasses; ++j, o += steps * m) *o = i + j < at + count ? x[j] : 0.0f;
   }
 }
@@ -49,8 +50,7 @@ void weight_columns(const uint16_t* w, int64_t ldw, int rows, int64_t count, uin
     for (int g = 0; g < kGroup; g += W) {
       const bool inside = s * kPasses < whole;
       const uint16_t* from[W];
-      for (int r = 0; r < W; ++r)
-        from[r] = inside ? w + (g + r < rows ? g + r : 0) * ldw + s * kPasses : rest[g + r];
+      for (int r = 0; r < W; ++r) from[r] = inside ? w + (g + r < rows ? g + r : 0) * ldw + s * kPasses : rest[g + r];
       constexpr int64_t kAhead = 256;
       for (int r = 0; inside && r < W; ++r) GEMMA_PREFETCH(from[r] + kAhead);
       for (int64_t i = s; i < s + 2 && i < steps; ++i) {
@@ -108,8 +108,8 @@ struct NextWeights {
 
 // As `bf16` of kernels.h.
 template <class T>
-void bf16_columns(const uint16_t* w, int64_t ldw, int rows, int64_t k, const float* acts, int64_t first, int m, int64_t n,
-                  uint32_t* scratch, bool again, float* out, int64_t ldo) {
+void bf16_columns(const uint16_t* w, int64_t ldw, int rows, int64_t k, const float* acts, int64_t first, int m,
+                  int64_t n, uint32_t* scratch, bool again, float* out, int64_t ldo) {
   alignas(64) float sums[kPasses][kActChunk][kGroup];
   const int64_t tiles = tiles_of(m);
   const float* chunk = acts + first * steps_of(k) * kPasses;

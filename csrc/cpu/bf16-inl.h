@@ -139,8 +139,8 @@ void bf16(const uint16_t* w, int64_t ldw, int rows, int64_t k, const void* acts,
       bf16_steps<kRows, 1, false>({w + r * ldw, ldw, tail + r, nullptr, w + (r + kRows) * ldw, nullptr},
                                   static_cast<const uint8_t*>(acts), 0, 0, k, sums[0] + r);
     for (; r < rows; ++r)
-      bf16_steps<1, 1, false>({w + r * ldw, ldw, tail + r, nullptr, nullptr, nullptr}, static_cast<const uint8_t*>(acts), 0,
-                              0, k, sums[0] + r);
+      bf16_steps<1, 1, false>({w + r * ldw, ldw, tail + r, nullptr, nullptr, nullptr},
+                              static_cast<const uint8_t*>(acts), 0, 0, k, sums[0] + r);
     V::close(&sums[0][0][0], M, rows, out);
     return;
   }

@@ -45,7 +45,8 @@ std::unique_ptr<CpuMatrix> load_cpu_matrix(ThreadPool& pool, const HostTensor& s
         const int n = static_cast<int>(std::min<int64_t>(kPanel, s.rows - p * kPanel));
         const uint8_t* src = s.data + p * kPanel * in_row;
         if (s.type != target) {
-          for (int r = 0; r < n; ++r) convert_row(s, p * kPanel + r, target, values.data(), rows.data() + r * out_row, kernels().q4_errors);
+          for (int r = 0; r < n; ++r)
+            convert_row(s, p * kPanel + r, target, values.data(), rows.data() + r * out_row, kernels().q4_errors);
           src = rows.data();
         }
         if (tiled)
