@@ -1,5 +1,5 @@
 // Products of bf16 weights with many rows of activations, where a lane owns a weight row. Part of kernels-inl.h, for levels
-// whose V has kColumns.
+// whose V has a kColumnsFrom above 0.
 //
 // The sums are those of bf16-inl.h, product for product: what its lane j adds up, k = j modulo 16, is one pass along K here, and the
 // sixteen passes are joined in the tree that closes a row there. But nothing is joined across lanes, and 2 loads of weights and 6 of

@@ -119,37 +119,33 @@ struct Bf16Tile<0> {
                   V::Sum (*)[V::kBf16TileX]) {}
 };
 
-template <class T>
-void bf16(const uint16_t* w, int64_t ldw, int rows, int64_t k, const void* acts, int64_t first, int m, int64_t n,
-          uint8_t* scratch, bool again, float* out, int64_t ldo) {
-  if constexpr (T::kColumnsFrom > 0)
-    if (n >= T::kColumnsFrom)
-      return bf16_columns<T>(w, ldw, rows, k, static_cast<const float*>(acts), first, m, n,
-                             reinterpret_cast<uint32_t*>(scratch), again, out, ldo);
+using Bf16Tail = uint16_t[kBf16Rows][32];  // the last values of each row, padded with zeros to a step
+
+// One row of activations: memory is read in few streams, weight row after weight row, and the next rows are on their way.
+inline void bf16_one(const uint16_t* w, int64_t ldw, int rows, int64_t k, const uint8_t* x, const Bf16Tail& tail,
+                     float* out) {
+  constexpr int kRows = V::kBf16Streams;
+  V::Sum sums[kBf16Rows][V::kBf16TileX];
+  int r = 0;
+  for (; r + kRows <= rows; r += kRows)
+    bf16_steps<kRows, 1, false>({w + r * ldw, ldw, tail + r, nullptr, w + (r + kRows) * ldw, nullptr}, x, 0, 0, k,
+                                sums + r);
+  for (; r < rows; ++r)
+    bf16_steps<1, 1, false>({w + r * ldw, ldw, tail + r, nullptr, nullptr, nullptr}, x, 0, 0, k, sums + r);
+  V::close(sums[0], V::kBf16TileX, rows, out);
+}
+
+// Several. For a single chunk, weights are kept for a span. With several, the weights of all K are, and activations come from further
+// away than the next cache: they are asked for ahead.
+inline void bf16_tiles(const uint16_t* w, int64_t ldw, int rows, int64_t k, const uint8_t* acts, int64_t first, int m,
+                       int64_t n, const Bf16Tail& tail, uint8_t* scratch, bool again, float* out, int64_t ldo) {
   constexpr int R = V::kBf16TileW, M = V::kBf16TileX, kTiles = (kActChunk + M - 1) / M;
   static_assert(kBf16Rows % R == 0, "a call is a whole number of tiles");
   V::Sum sums[kTiles][kBf16Rows][M];
-  uint16_t tail[kBf16Rows][32] = {};
-  for (int r = 0; r < rows; ++r)
-    for (int64_t j = k / kStep * kStep; j < k; ++j) tail[r][j % kStep] = w[r * ldw + j];
-  if (n == 1) {  // row after row: memory is read in few streams, and the next rows are on their way
-    constexpr int kRows = V::kBf16Streams;
-    int r = 0;
-    for (; r + kRows <= rows; r += kRows)
-      bf16_steps<kRows, 1, false>({w + r * ldw, ldw, tail + r, nullptr, w + (r + kRows) * ldw, nullptr},
-                                  static_cast<const uint8_t*>(acts), 0, 0, k, sums[0] + r);
-    for (; r < rows; ++r)
-      bf16_steps<1, 1, false>({w + r * ldw, ldw, tail + r, nullptr, nullptr, nullptr},
-                              static_cast<const uint8_t*>(acts), 0, 0, k, sums[0] + r);
-    V::close(&sums[0][0][0], M, rows, out);
-    return;
-  }
-  // For a single chunk, weights are kept for a span. With several, the weights of all K are, and activations come from further away than
-  // the next cache: they are asked for ahead.
   const bool single = n <= kActChunk;
   const int64_t depth = piece(n), kept = single && k > kSpan ? kSpan : (k + 31) / 32 * 32;
   const int tiles = (m + M - 1) / M;
-  auto x_at = [&](int64_t row, int64_t at) { return static_cast<const uint8_t*>(acts) + packed_at(at, k, row, n); };
+  auto x_at = [&](int64_t row, int64_t at) { return acts + packed_at(at, k, row, n); };
   for (int64_t begin = 0; begin < k; begin += kSpan) {
     const int64_t end = begin + kSpan < k ? begin + kSpan : k, origin = single ? begin : 0;
     for (int t = 0; t < tiles; ++t) {
@@ -177,6 +173,21 @@ void bf16(const uint16_t* w, int64_t ldw, int rows, int64_t k, const void* acts,
       for (int i = 0; end == k && i < next_row - row; ++i) V::close(&sum[0][i], M, rows, out + (row - first + i) * ldo);
     }
   }
+}
+
+template <class T>
+void bf16(const uint16_t* w, int64_t ldw, int rows, int64_t k, const void* acts, int64_t first, int m, int64_t n,
+          uint8_t* scratch, bool again, float* out, int64_t ldo) {
+  if constexpr (T::kColumnsFrom > 0)
+    if (n >= T::kColumnsFrom)
+      return bf16_columns<T>(w, ldw, rows, k, static_cast<const float*>(acts), first, m, n,
+                             reinterpret_cast<uint32_t*>(scratch), again, out, ldo);
+  const auto* x = static_cast<const uint8_t*>(acts);
+  Bf16Tail tail = {};
+  for (int r = 0; r < rows; ++r)
+    for (int64_t j = k / kStep * kStep; j < k; ++j) tail[r][j % kStep] = w[r * ldw + j];
+  if (n == 1) return bf16_one(w, ldw, rows, k, x, tail, out);
+  bf16_tiles(w, ldw, rows, k, x, first, m, n, tail, scratch, again, out, ldo);
 }
 
 }  // namespace GEMMA_ISA

@@ -171,8 +171,8 @@ struct V {
   // in registers for up to three rows of activations; more are worth transposing it.
   static constexpr int kBf16Step = 16, kBf16Halves = 2;
   static constexpr int kBf16TileW = 1, kBf16TileX = 3;
-  static constexpr int kBf16Streams = 2;  // weight rows read side by side for a single row of activations
-  static constexpr int kPackedSize = 4, kKeptSize = 4;
+  static constexpr int kBf16Streams = 2;                // weight rows read side by side for a single row of activations
+  static constexpr int kPackedSize = 4, kKeptSize = 4;  // (rows too few for columns are one tile: nothing is kept)
   static constexpr int64_t kPiece = 2048;
   static constexpr int kColumnsFrom = 4;
   using Wide = __m256;
