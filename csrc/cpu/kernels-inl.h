@@ -203,6 +203,7 @@ void quantize(const float* x, int64_t ldx, int n, int64_t k, bool fine, int8_t* 
 // ---- loading -----------------------------------------------------------------------------------------------------------
 
 void q4_errors(const float* v, const float* d, const float* inverse, float* error) {
+  static_assert(kQ4Room % W == 0 && kQ4Scales <= kQ4Room, "the last vector fits");
   const F half = V::set(8.5f), most = V::set(15.0f), eight = V::set(8.0f);
   for (int s = 0; s < kQ4Scales; s += W) {
     const F scale = V::load(d + s), by = V::load(inverse + s);

@@ -138,6 +138,7 @@ void group_product(const Kernels& kernels, const Activations& x, const Panel* pa
   for (int p = 0; p < count; ++p) {
     const CpuMatrix& w = *panels[p].w;
     if (encoding(w.type).quantized) continue;
+    // A single chunk leaves nothing in the scratch for a later call, so its panels share one that stays in the cache.
     kernels.bf16(reinterpret_cast<const uint16_t*>(panels[p].data()), w.cols, panels[p].rows(), w.cols, x.packed(), m0,
                  m, x.n, scratch.data() + (x.n > kActChunk ? p * room : 0), again, tiles + p * kTile, kPanel);
   }
