@@ -15,7 +15,8 @@ constexpr int kPasses = 16;
 constexpr int kGroup = 2 * W;          // weight rows of a tile
 constexpr int kTileRows = 6;           // activation rows of a tile: with two weight vectors, 12 sums in 16 registers
 constexpr int64_t kColumnSpan = 2048;  // K values of a group's weights, which stay in L2
-constexpr int64_t kPassGap = kGroup;   // words between passes, whose lengths would else share cache sets
+// Words between passes. Stores that lie a multiple of 4 KB from loads that follow would hold those up.
+constexpr int64_t kPassGap = 128;
 
 inline int64_t steps_of(int64_t k) { return (k + kPasses - 1) / kPasses; }
 inline int64_t span_at(int64_t from, int64_t k) { return k - from < kColumnSpan ? k - from : kColumnSpan; }
@@ -37,29 +38,28 @@ void pack_columns(const float* x, int64_t at, int64_t count, int64_t k, float* o
   }
 }
 
-// A span of a group's weights as [pass / 2][step][row of the group], a word for the two values of passes 2 i and 2 i + 1. Rows past
-// `rows` repeat the first.
+// A span of a group's weights as [pass / 2][half of the group][step][row of the half], a word for the two values of passes 2 i and
+// 2 i + 1. Rows past `rows` repeat the first.
 template <class T>
 void weight_columns(const uint16_t* w, int64_t ldw, int rows, int64_t count, uint32_t* out) {
-  const int64_t steps = steps_of(count), pass = steps * kGroup + kPassGap;
-  uint16_t rest[kGroup][2 * kPasses] = {};  // the values of a step that the row does not fill
-  const int64_t whole = count / (2 * kPasses) * (2 * kPasses);
-  for (int r = 0; r < kGroup; ++r)
-    for (int64_t i = whole; i < count; ++i) rest[r][i - whole] = w[(r < rows ? r : 0) * ldw + i];
-  for (int64_t s = 0; s < steps; s += 2)  // two steps at a time, since a cache line holds 32 values
-    for (int g = 0; g < kGroup; g += W) {
-      const bool inside = s * kPasses < whole;
-      const uint16_t* from[W];
-      for (int r = 0; r < W; ++r) from[r] = inside ? w + (g + r < rows ? g + r : 0) * ldw + s * kPasses : rest[g + r];
-      constexpr int64_t kAhead = 256;
-      for (int r = 0; inside && r < W; ++r) GEMMA_PREFETCH(from[r] + kAhead);
-      for (int64_t i = s; i < s + 2 && i < steps; ++i) {
-        I c[kPasses / 2];
-        T::columns(from, (i - s) * kPasses, c);
-        for (int j = 0; j < kPasses / 2; ++j)
-          V::store_i(reinterpret_cast<int32_t*>(out + j * pass + i * kGroup + g), c[j]);
-      }
+  const int64_t steps = steps_of(count), pass = steps * kGroup + kPassGap, whole = count / kPasses;
+  for (int g = 0; g < kGroup; g += W, out += steps * W) {
+    const uint16_t* row[W];
+    for (int r = 0; r < W; ++r) row[r] = w + (g + r < rows ? g + r : 0) * ldw;
+    auto put = [&](int64_t at, int64_t step) {
+      I c[kPasses / 2];
+      T::columns(row, at, c);
+      for (int j = 0; j < kPasses / 2; ++j) V::store_i(reinterpret_cast<int32_t*>(out + j * pass + step * W), c[j]);
+    };
+    for (int64_t i = 0; i < whole; ++i) put(i * kPasses, i);
+    if (whole == steps) continue;
+    uint16_t rest[W][kPasses] = {};  // the last step, padded with zeros
+    for (int r = 0; r < W; ++r) {
+      for (int64_t i = whole * kPasses; i < count; ++i) rest[r][i - whole * kPasses] = row[r][i];
+      row[r] = rest[r];
     }
+    put(0, whole);
+  }
 }
 
 // sum[M][kGroup] (+)= one pass of a span for a tile; ODD: of the words' upper halves.
@@ -67,9 +67,9 @@ template <class T, int M, bool ODD>
 inline void column_tile(const uint32_t* w, const float* x, int64_t steps, bool start, float* sum) {
   F a[M][2];
   for (int m = 0; m < M; ++m)
-    for (int v = 0; v < 2; ++v) a[m][v] = start ? V::zero() : V::load(sum + m * kGroup + v * W);
-  for (int64_t i = 0; i < steps; ++i, w += kGroup, x += M) {
-    const F w0 = T::template half<ODD>(w), w1 = T::template half<ODD>(w + W);
+    for (int v = 0; v < 2; ++v) a[m][v] = start ? V::zero() : V::load(sum + m * kPasses * kGroup + v * W);
+  for (int64_t i = 0; i < steps; ++i, w += W, x += M) {
+    const F w0 = T::template half<ODD>(w), w1 = T::template half<ODD>(w + steps * W);
     for (int m = 0; m < M; ++m) {
       const F b = V::set(x[m]);
       a[m][0] = V::fma(w0, b, a[m][0]);
@@ -77,7 +77,7 @@ inline void column_tile(const uint32_t* w, const float* x, int64_t steps, bool s
     }
   }
   for (int m = 0; m < M; ++m)
-    for (int v = 0; v < 2; ++v) V::store(sum + m * kGroup + v * W, a[m][v]);
+    for (int v = 0; v < 2; ++v) V::store(sum + m * kPasses * kGroup + v * W, a[m][v]);
 }
 
 template <class T, int M>
@@ -91,6 +91,15 @@ template <class T>
 struct ColumnTile<T, 0> {
   static void add(int64_t, bool, const uint32_t*, const float*, int64_t, bool, float*) {}
 };
+
+// The sums of 2^LEVEL passes, joined as the lanes of a row are.
+template <class T, int LEVEL>
+inline F join_passes(const float* sum) {
+  if constexpr (LEVEL == 0)
+    return V::load(sum);
+  else
+    return V::add(join_passes<T, LEVEL - 1>(sum), join_passes<T, LEVEL - 1>(sum + T::kTree[LEVEL - 1] * kGroup));
+}
 
 // The weights that come after a span, asked for into L2 a few cache lines at a time while it is multiplied.
 struct NextWeights {
@@ -110,7 +119,7 @@ struct NextWeights {
 template <class T>
 void bf16_columns(const uint16_t* w, int64_t ldw, int rows, int64_t k, const float* acts, int64_t first, int m,
                   int64_t n, uint32_t* scratch, bool again, float* out, int64_t ldo) {
-  alignas(64) float sums[kPasses][kActChunk][kGroup];
+  alignas(64) float sums[kActChunk][kPasses][kGroup];
   const int64_t tiles = tiles_of(m);
   const float* chunk = acts + first * steps_of(k) * kPasses;
   for (int g = 0; g < rows; g += kGroup) {
@@ -127,20 +136,14 @@ void bf16_columns(const uint16_t* w, int64_t ldw, int rows, int64_t k, const flo
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t row = tile_at(t, m, tiles), width = tile_at(t + 1, m, tiles) - row;
           next.fetch();
-          ColumnTile<T, kTileRows>::add(width, j % 2, scratch + j / 2 * pass, x, steps, from == 0, sums[j][row]);
+          ColumnTile<T, kTileRows>::add(width, j % 2, scratch + j / 2 * pass, x, steps, from == 0, sums[row][j]);
           x += width * steps;
         }
       if (n > kActChunk) scratch += kPasses / 2 * pass;  // else no other chunk will ask for them
     }
     for (int i = 0; i < m; ++i)
-      for (int v = 0; v < kGroup && v < group_rows; v += W) {
-        F s[kPasses];
-        for (int j = 0; j < kPasses; ++j) s[j] = V::load(sums[j][i] + v);
-        for (int bit : T::kTree)
-          for (int j = 0; j < kPasses; ++j)
-            if (!(j & bit)) s[j] = V::add(s[j], s[j | bit]);
-        V::store_n(out + i * ldo + g + v, s[0], group_rows - v);
-      }
+      for (int v = 0; v < kGroup && v < group_rows; v += W)
+        V::store_n(out + i * ldo + g + v, join_passes<T, 4>(sums[i][0] + v), group_rows - v);
   }
 }
 

@@ -94,7 +94,7 @@ struct Kernels {
 };
 
 constexpr int kBf16Rows = 32;
-constexpr int64_t bf16_scratch(int64_t k) { return 4 * kBf16Rows * (k + k / 128 + 64); }
+constexpr int64_t bf16_scratch(int64_t k) { return 4 * kBf16Rows * (k + k / 16 + 128); }
 
 extern const Kernels kScalarKernels;
 #if defined(GEMMA_NATIVE_X86)
