@@ -68,6 +68,8 @@ inline void column_tile(const uint32_t* w, const float* x, int64_t steps, bool s
   F a[M][2];
   for (int m = 0; m < M; ++m)
     for (int v = 0; v < 2; ++v) a[m][v] = start ? V::zero() : V::load(sum + m * kPasses * kGroup + v * W);
+  // Else an eighth of the instructions are the loop's own, and whoever shares the core slows all of them down.
+  GEMMA_UNROLL_TWICE
   for (int64_t i = 0; i < steps; ++i, w += W, x += M) {
     const F w0 = T::template half<ODD>(w), w1 = T::template half<ODD>(w + steps * W);
     for (int m = 0; m < M; ++m) {
@@ -101,20 +103,6 @@ inline F join_passes(const float* sum) {
     return V::add(join_passes<T, LEVEL - 1>(sum), join_passes<T, LEVEL - 1>(sum + T::kTree[LEVEL - 1] * kGroup));
 }
 
-// The weights that come after a span, asked for into L2 a few cache lines at a time while it is multiplied.
-struct NextWeights {
-  const uint16_t* w;
-  int64_t ldw, count, each;  // K values a row; lines a call
-  int row = 0;
-  int64_t at = 0;
-  void fetch() {
-    for (int64_t i = 0; i < each && row < kGroup; ++i) {
-      GEMMA_PREFETCH_L2(w + at);
-      if ((at += 32) >= count) at = 0, w += ldw, ++row;
-    }
-  }
-};
-
 // As `bf16` of kernels.h.
 template <class T>
 void bf16_columns(const uint16_t* w, int64_t ldw, int rows, int64_t k, const float* acts, int64_t first, int m,
@@ -129,13 +117,17 @@ void bf16_columns(const uint16_t* w, int64_t ldw, int rows, int64_t k, const flo
       const int64_t count = span_at(from, k), steps = steps_of(count), pass = steps * kGroup + kPassGap;
       if (!again) weight_columns<T>(group + from, ldw, group_rows, count, scratch);
       const bool more = from + count < k, last = first + m == n;  // of the chunks that these weights meet
-      NextWeights next{group + (more ? from + count : kGroup * ldw), ldw, span_at(more ? from + count : 0, k), 0};
-      if (last) next.each = next.count * kGroup / 32 / (kPasses * tiles) + 1;
+      // What comes after this span is asked for into L2 meanwhile: pass j asks for rows j, j + kPasses ..., each tile for a part.
+      const uint16_t* next = group + (more ? from + count : kGroup * ldw);
+      const int64_t next_count = last ? span_at(more ? from + count : 0, k) : 0;
+      const int64_t part = (next_count / 32 + tiles) / tiles * 32;
       const float* x = chunk + from * m;
       for (int j = 0; j < kPasses; ++j)
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t row = tile_at(t, m, tiles), width = tile_at(t + 1, m, tiles) - row;
-          next.fetch();
+          for (int r = j; r < kGroup; r += kPasses)
+            for (int64_t i = t * part; i < (t + 1) * part && i < next_count; i += 32)
+              GEMMA_PREFETCH_L2(next + r * ldw + i);
           ColumnTile<T, kTileRows>::add(width, j % 2, scratch + j / 2 * pass, x, steps, from == 0, sums[row][j]);
           x += width * steps;
         }

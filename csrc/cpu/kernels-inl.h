@@ -24,6 +24,13 @@ constexpr int kGroups = kPanel / W;  // vectors that cover a panel's 32 rows
 #define GEMMA_PREFETCH_L2(p) (void)(p)
 #define GEMMA_PREFETCH(p) (void)(p)
 #endif
+#if defined(__clang__)
+#define GEMMA_UNROLL_TWICE _Pragma("clang loop unroll_count(2)")
+#elif defined(__GNUC__)
+#define GEMMA_UNROLL_TWICE _Pragma("GCC unroll 2")
+#else
+#define GEMMA_UNROLL_TWICE
+#endif
 
 // ---- elementary functions ----------------------------------------------------------------------------------------------
 
