@@ -15,8 +15,10 @@ constexpr int kPasses = 16;
 constexpr int kGroup = 2 * W;          // weight rows of a tile
 constexpr int kTileRows = 6;           // activation rows of a tile: with two weight vectors, 12 sums in 16 registers
 constexpr int64_t kColumnSpan = 2048;  // K values of a group's weights, which stay in L2
-// Words between passes. Stores that lie a multiple of 4 KB from loads that follow would hold those up.
-constexpr int64_t kPassGap = 128;
+// Words between pairs of passes: packing stores to all of them in turn, and a store that lies a multiple of 4 KB from a load that
+// follows holds it up. (So would pairs a multiple of 4 KB apart, which they are for no Gemma model's sizes.)
+constexpr int64_t kPairGap = 128;
+inline int64_t pair_length(int64_t steps) { return steps * kGroup + kPairGap; }
 
 inline int64_t steps_of(int64_t k) { return (k + kPasses - 1) / kPasses; }
 inline int64_t span_at(int64_t from, int64_t k) { return k - from < kColumnSpan ? k - from : kColumnSpan; }
@@ -42,14 +44,14 @@ void pack_columns(const float* x, int64_t at, int64_t count, int64_t k, float* o
 // 2 i + 1. Rows past `rows` repeat the first.
 template <class T>
 void weight_columns(const uint16_t* w, int64_t ldw, int rows, int64_t count, uint32_t* out) {
-  const int64_t steps = steps_of(count), pass = steps * kGroup + kPassGap, whole = count / kPasses;
+  const int64_t steps = steps_of(count), pair = pair_length(steps), whole = count / kPasses;
   for (int g = 0; g < kGroup; g += W, out += steps * W) {
     const uint16_t* row[W];
     for (int r = 0; r < W; ++r) row[r] = w + (g + r < rows ? g + r : 0) * ldw;
     auto put = [&](int64_t at, int64_t step) {
       I c[kPasses / 2];
       T::columns(row, at, c);
-      for (int j = 0; j < kPasses / 2; ++j) V::store_i(reinterpret_cast<int32_t*>(out + j * pass + step * W), c[j]);
+      for (int j = 0; j < kPasses / 2; ++j) V::store_i(reinterpret_cast<int32_t*>(out + j * pair + step * W), c[j]);
     };
     for (int64_t i = 0; i < whole; ++i) put(i * kPasses, i);
     if (whole == steps) continue;
@@ -62,13 +64,13 @@ void weight_columns(const uint16_t* w, int64_t ldw, int rows, int64_t count, uin
   }
 }
 
-// sum[M][kGroup] (+)= one pass of a span for a tile; ODD: of the words' upper halves.
+// sum[M][kPasses][kGroup] (+)= one pass of a span for a tile; ODD: of the words' upper halves.
 template <class T, int M, bool ODD>
 inline void column_tile(const uint32_t* w, const float* x, int64_t steps, bool start, float* sum) {
   F a[M][2];
   for (int m = 0; m < M; ++m)
     for (int v = 0; v < 2; ++v) a[m][v] = start ? V::zero() : V::load(sum + m * kPasses * kGroup + v * W);
-  // Else an eighth of the instructions are the loop's own, and whoever shares the core slows all of them down.
+  // Else a sixth of the instructions are the loop's own, and whoever shares the core slows all of them down.
   GEMMA_UNROLL_TWICE
   for (int64_t i = 0; i < steps; ++i, w += W, x += M) {
     const F w0 = T::template half<ODD>(w), w1 = T::template half<ODD>(w + steps * W);
@@ -114,24 +116,26 @@ void bf16_columns(const uint16_t* w, int64_t ldw, int rows, int64_t k, const flo
     const uint16_t* group = w + g * ldw;
     const int group_rows = rows - g < kGroup ? rows - g : kGroup;
     for (int64_t from = 0; from < k; from += kColumnSpan) {
-      const int64_t count = span_at(from, k), steps = steps_of(count), pass = steps * kGroup + kPassGap;
+      const int64_t count = span_at(from, k), steps = steps_of(count), pair = pair_length(steps);
       if (!again) weight_columns<T>(group + from, ldw, group_rows, count, scratch);
-      const bool more = from + count < k, last = first + m == n;  // of the chunks that these weights meet
-      // What comes after this span is asked for into L2 meanwhile: pass j asks for rows j, j + kPasses ..., each tile for a part.
+      // What will be packed next is asked for into L2 meanwhile: in the first chunk the rest of these weights, in the last one those
+      // that come after them. Pass j asks for row j, each tile for a part.
+      static_assert(2 * T::W == kPasses);
+      const bool more = from + count < k, ours = more || g + kGroup < rows;
+      const bool wanted = ours ? !again : first + m == n;
       const uint16_t* next = group + (more ? from + count : kGroup * ldw);
-      const int64_t next_count = last ? span_at(more ? from + count : 0, k) : 0;
-      const int64_t part = (next_count / 32 + tiles) / tiles * 32;
+      const int64_t next_count = wanted ? span_at(more ? from + count : 0, k) : 0;
+      const int64_t part = (next_count / 32 / tiles + 1) * 32;
       const float* x = chunk + from * m;
       for (int j = 0; j < kPasses; ++j)
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t row = tile_at(t, m, tiles), width = tile_at(t + 1, m, tiles) - row;
-          for (int r = j; r < kGroup; r += kPasses)
-            for (int64_t i = t * part; i < (t + 1) * part && i < next_count; i += 32)
-              GEMMA_PREFETCH_L2(next + r * ldw + i);
-          ColumnTile<T, kTileRows>::add(width, j % 2, scratch + j / 2 * pass, x, steps, from == 0, sums[row][j]);
+          for (int64_t i = t * part; i < (t + 1) * part && i < next_count; i += 32)
+            GEMMA_PREFETCH_L2(next + j * ldw + i);
+          ColumnTile<T, kTileRows>::add(width, j % 2, scratch + j / 2 * pair, x, steps, from == 0, sums[row][j]);
           x += width * steps;
         }
-      if (n > kActChunk) scratch += kPasses / 2 * pass;  // else no other chunk will ask for them
+      if (n > kActChunk) scratch += kPasses / 2 * pair;  // else no other chunk will ask for them
     }
     for (int i = 0; i < m; ++i)
       for (int v = 0; v < kGroup && v < group_rows; v += W)
