@@ -67,6 +67,8 @@ def test_levels_of_this_process() -> None:
 
 
 OTHERS = [(level, True) for level in LEVELS if level != _native.isa()] + [("avx2", False)] * ("avx2" in LEVELS)
+if "avx2" in LEVELS and sys.platform != "win32":
+    OTHERS.append(("avx512-emulated", True))  # the AVX-512 level's code on a CPU without, or both on one that has them
 
 
 @pytest.mark.parametrize(("level", "vnni"), OTHERS)

@@ -9,6 +9,10 @@ const Kernels& kernels() {
 #if defined(GEMMA_NATIVE_X86)
     case Isa::avx512:
       return kAvx512Kernels;
+#if defined(GEMMA_NATIVE_EMULATOR)
+    case Isa::avx512_emulated:
+      return kAvx512EmulatedKernels;
+#endif
     case Isa::avx2:
       return has_avx_vnni() ? kAvxVnniKernels : kAvx2Kernels;
 #endif

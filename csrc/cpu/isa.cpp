@@ -73,6 +73,9 @@ Isa choose() {
   const char* asked = std::getenv("GEMMA_NATIVE_ISA");
   if (!asked || !*asked)
     return isa_supported(Isa::avx512) ? Isa::avx512 : isa_supported(Isa::avx2) ? Isa::avx2 : Isa::scalar;
+#if defined(GEMMA_NATIVE_EMULATOR)
+  if (isa_name(Isa::avx512_emulated) == std::string(asked) && isa_supported(Isa::avx2)) return Isa::avx512_emulated;
+#endif
   std::string supported;
   for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512}) {
     if (!isa_supported(isa)) continue;
@@ -87,9 +90,12 @@ Isa choose() {
 
 }  // namespace
 
-const char* isa_name(Isa isa) { return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "scalar"; }
+const char* isa_name(Isa isa) {
+  constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512-emulated"};
+  return kNames[static_cast<int>(isa)];
+}
 
-bool isa_supported(Isa isa) { return isa == Isa::scalar || (isa == Isa::avx2 ? cpu().avx2 : cpu().avx512); }
+bool isa_supported(Isa isa) { return isa == Isa::scalar || (isa == Isa::avx512 ? cpu().avx512 : cpu().avx2); }
 
 bool has_avx_vnni() {
   const char* wanted = std::getenv("GEMMA_NATIVE_AVX_VNNI");  // "0": the avx2 level as it is on CPUs without, for tests

@@ -3,7 +3,7 @@
 
 namespace gemma {
 
-enum class Isa { scalar, avx2, avx512 };
+enum class Isa { scalar, avx2, avx512, avx512_emulated };  // the last for tests: emulator/avx512.h
 
 const char* isa_name(Isa isa);
 bool isa_supported(Isa isa);

@@ -94,7 +94,8 @@ struct Kernels {
 };
 
 constexpr int kBf16Rows = 32;
-constexpr int64_t bf16_scratch(int64_t k) { return 4 * kBf16Rows * (k + k / 16 + 128); }
+// (by columns: with gaps, and the last step and span filled up)
+constexpr int64_t bf16_scratch(int64_t k) { return 2 * kBf16Rows * (k + k / 16 + 144); }
 
 extern const Kernels kScalarKernels;
 #if defined(GEMMA_NATIVE_X86)
@@ -102,6 +103,7 @@ extern const Kernels kAvx2Kernels;
 // The avx2 level where vpdpbusd exists for 256 bits: the same bits, since integer sums are exact.
 extern const Kernels kAvxVnniKernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512EmulatedKernels;  // for tests without the instructions: emulator/avx512.h
 #endif
 
 const Kernels& kernels();  // of chosen_isa()
