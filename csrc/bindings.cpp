@@ -497,7 +497,7 @@ PYBIND11_MODULE(_native, m) {
 
   m.def(
       "isa", [] { return std::string(kernels().name); },
-      "Instruction-set level in use: \"scalar\", \"avx2\" or \"avx512\".");
+      "Instruction-set level in use: \"scalar\", \"avx2\" or \"avx512\" (\"avx512-emulated\" in tests).");
   m.def("isa_levels", [] {
     std::vector<std::string> out;
     for (Isa i : {Isa::scalar, Isa::avx2, Isa::avx512})

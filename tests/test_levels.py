@@ -1,4 +1,5 @@
-"""test_kernels.py, test_model.py and test_model_calls.py again, under every other instruction-set level of this machine, a process each.
+"""test_kernels.py, test_model.py and test_model_calls.py again, under every other instruction-set level of this machine and the
+emulated one, a process each.
 
 The level of a process is chosen when the engine is imported. Where GEMMA_NATIVE_ISA is set already, one level is wanted, and
 this file is skipped: so are its own children.
@@ -67,8 +68,8 @@ def test_levels_of_this_process() -> None:
 
 
 OTHERS = [(level, True) for level in LEVELS if level != _native.isa()] + [("avx2", False)] * ("avx2" in LEVELS)
-if "avx2" in LEVELS and sys.platform != "win32":
-    OTHERS.append(("avx512-emulated", True))  # the AVX-512 level's code on a CPU without, or both on one that has them
+if "avx2" in LEVELS and hasattr(_native.testing, "emulator"):
+    OTHERS.append(("avx512-emulated", True))  # the AVX-512 level's code on a CPU without
 
 
 @pytest.mark.parametrize(("level", "vnni"), OTHERS)

@@ -185,7 +185,7 @@ struct V {
   // For the probes: one instruction of each kind.
   template <class T>
   static void opaque(T& a, T& b, T& c, T& d) {
-#if defined(__AVX512F__)
+#if defined(__GNUC__) && !defined(GEMMA_EMULATED_AVX512)
     __asm__ volatile("" : "+v"(a), "+v"(b), "+v"(c), "+v"(d));
 #else
     (void)a, (void)b, (void)c, (void)d;

@@ -1,12 +1,14 @@
 // The AVX-512 instructions that vec_avx512.h uses, made of AVX2 ones, so that its kernels can be tested on CPUs without them.
-// Names and arguments are Intel's; what a function does is in Intel's Intrinsics Guide. Two differences: bf16 conversion and
-// products keep denormal numbers, which the instructions take for zero.
+// Names and arguments are Intel's; what a function does is in Intel's Intrinsics Guide. One difference: inputs, sums and results
+// of bf16 instructions may be denormal here, where the instructions take them for zero.
 #pragma once
 
 #include <immintrin.h>
 
 #include <cstdint>
 #include <cstring>
+
+#include "../quant.h"
 
 // Macros in the compiler's own header, some of them only without optimisation.
 #undef _mm512_setr_epi32
@@ -208,16 +210,10 @@ inline __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i u, __m512i s) {
   return halves(dpbusd(sum.low, u.low, s.low), dpbusd(sum.high, u.high, s.high));
 }
 
-inline uint16_t to_bf16(float x) {  // to nearest even; NaN stays one
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if (x != x) return static_cast<uint16_t>(bits >> 16 | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
 inline __m512bh _mm512_cvtne2ps_pbh(__m512 upper, __m512 lower) {
   const auto u = lanes<float>(upper), l = lanes<float>(lower);
   Lanes<uint16_t, 32> r;
-  for (int i = 0; i < 16; ++i) r[i] = to_bf16(l[i]), r[i + 16] = to_bf16(u[i]);
+  for (int i = 0; i < 16; ++i) r[i] = float_to_bf16(l[i]), r[i + 16] = float_to_bf16(u[i]);
   return vector<__m512bh>(r);
 }
 // sum + the products of the odd, then of the even elements, each rounded once
