@@ -123,8 +123,8 @@ void bf16_columns(const uint16_t* w, int64_t ldw, int rows, int64_t k, const flo
       static_assert(2 * T::W == kPasses);
       const bool more = from + count < k, ours = more || g + kGroup < rows;
       const bool wanted = ours ? !again : first + m == n;
-      const uint16_t* next = group + (more ? from + count : kGroup * ldw);
-      const int64_t next_count = wanted ? span_at(more ? from + count : 0, k) : 0;
+      const int64_t next_from = more ? from + count : 0, next_count = wanted ? span_at(next_from, k) : 0;
+      const uint16_t* next = group + (more ? 0 : kGroup * ldw) + next_from;
       const int64_t part = (next_count / 32 / tiles + 1) * 32;
       const float* x = chunk + from * m;
       for (int j = 0; j < kPasses; ++j)

@@ -162,8 +162,8 @@ void each_product(const Kernels& kernels, ThreadPool& pool, const Activations& x
   // Rows of activations that a sweep over the weights takes: as many as stay in a share of the last cache.
   constexpr size_t kCache = 8u << 20;
   const int64_t sweep = std::max<int64_t>(1, static_cast<int64_t>(kCache / x.row_bytes()) / kActChunk) * kActChunk;
-  int64_t grain = grain_of(pool, bytes, total);
-  grain = std::max<int64_t>(grain, std::min<int64_t>(group / each, total / (4 * pool.size())));
+  const int64_t grain =
+      std::max(grain_of(pool, bytes, total), std::min<int64_t>(group / each, total / (4 * pool.size())));
   for (int64_t from = 0; from < x.n; from += sweep)
     pool.parallel_for(total, grain, [&](int64_t begin, int64_t end, int) {
       alignas(64) float tiles[kGroup * kTile];
