@@ -29,8 +29,14 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-NAMES = {"native": "gemma_native", "llama": "llama-cpp-python", "ct2": "ctranslate2", "hf": "transformers"}
-MODULES = {"llama": "llama_cpp", "ct2": "ctranslate2", "hf": "transformers"}
+NAMES = {
+    "native": "gemma_native",
+    "llama": "llama-cpp-python",
+    "ct2": "ctranslate2",
+    "hf": "transformers",
+    "ov": "openvino-genai",
+}
+MODULES = {"llama": "llama_cpp", "ct2": "ctranslate2", "hf": "transformers", "ov": "openvino_genai"}
 
 
 def prompt(n: int, salt: int) -> list[int]:
@@ -94,9 +100,13 @@ class Native:
         return seconds
 
     def generate(self, n: int, tokens: int, salt: int) -> float:
+        wanted = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True}
         started = time.perf_counter()
-        for _ in self.gemma.stream(prompt(n, salt), max_tokens=tokens, temperature=0, ignore_eos=True):
-            pass
+        if self.gemma.has_tokenizer:
+            for _ in self.gemma.stream(prompt(n, salt), **wanted):
+                pass
+        else:  # no text to stream
+            self.gemma.generate(prompt(n, salt), **wanted)
         return time.perf_counter() - started
 
 
@@ -219,7 +229,20 @@ class Transformers:
         return time.perf_counter() - started
 
 
-class CTranslate2:
+class ByGenerate:
+    """Engines that offer nothing but a whole generation: a prefill is one of a single token, decoding what more tokens add."""
+
+    def generate(self, n: int, tokens: int, salt: int) -> float:
+        raise NotImplementedError
+
+    def prefill(self, n: int, salt: int) -> float:
+        return self.generate(n, 1, salt)
+
+    def decode(self, context: int, tokens: int) -> float:
+        return self.generate(context, tokens + 1, 0) - self.generate(context, 1, 0)
+
+
+class CTranslate2(ByGenerate):
     def __init__(self, args: argparse.Namespace) -> None:
         import ctranslate2
 
@@ -231,11 +254,10 @@ class CTranslate2:
                 ctranslate2.converters.TransformersConverter(str(source)).convert(str(target), quantization="int8")
             source = target
         self.generator = ctranslate2.Generator(str(source), device="cpu", intra_threads=args.threads)
-        vocabulary = json.loads((source / "vocabulary.json").read_text())
-        self.pieces = vocabulary
+        self.pieces = json.loads((source / "vocabulary.json").read_text())
 
     def about(self) -> dict[str, Any]:
-        return {"version": self.version}
+        return {"version": f"{self.version}, int8"}
 
     def generate(self, n: int, tokens: int, salt: int) -> float:
         pieces = [self.pieces[i] for i in prompt(n, salt)]
@@ -245,14 +267,52 @@ class CTranslate2:
         )
         return time.perf_counter() - started
 
-    def prefill(self, n: int, salt: int) -> float:
-        return self.generate(n, 1, salt)
 
-    def decode(self, context: int, tokens: int) -> float:
-        return self.generate(context, tokens + 1, 0) - self.generate(context, 1, 0)
+class OpenVINO(ByGenerate):
+    def __init__(self, args: argparse.Namespace) -> None:
+        import numpy as np
+        import openvino
+        import openvino_genai
+
+        self.np, self.openvino = np, openvino
+        self.version = f"{openvino_genai.__version__}, int8"
+        source = Path(args.source)
+        if not (source / "openvino_model.xml").exists():  # converted once, beside the original (needs optimum-intel)
+            target = source.with_name(source.name + "-openvino-int8")
+            if not target.exists():
+                from optimum.intel import OVModelForCausalLM
+
+                OVModelForCausalLM.from_pretrained(
+                    source, export=True, load_in_8bit=True, compile=False
+                ).save_pretrained(target)
+            source = target
+        plain = openvino_genai.SchedulerConfig()
+        plain.enable_prefix_caching = False  # a prompt is measured again and again
+        self.pipeline = openvino_genai.LLMPipeline(
+            str(source), "CPU", scheduler_config=plain, INFERENCE_NUM_THREADS=args.threads
+        )
+
+    def about(self) -> dict[str, Any]:
+        return {"version": self.version}
+
+    def generate(self, n: int, tokens: int, salt: int) -> float:
+        ids = self.openvino.Tensor(self.np.array([prompt(n, salt)]))
+        started = time.perf_counter()
+        got = self.pipeline.generate(ids, max_new_tokens=tokens, ignore_eos=True, do_sample=False)
+        seconds = time.perf_counter() - started
+        if len(got.tokens[0]) != tokens:
+            raise RuntimeError(f"{len(got.tokens[0])} tokens of {tokens}")
+        return seconds
 
 
-ENGINES = {"ceilings": Ceilings, "native": Native, "llama": Llama, "hf": Transformers, "ct2": CTranslate2}
+ENGINES = {
+    "ceilings": Ceilings,
+    "native": Native,
+    "llama": Llama,
+    "ct2": CTranslate2,
+    "hf": Transformers,
+    "ov": OpenVINO,
+}
 
 
 def worker(args: argparse.Namespace) -> None:
@@ -376,7 +436,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for kind in args.engines:
             python = sys.executable if kind == "native" else args.peer_python
             if sources.get(kind) is None:
-                missing.append(f"{NAMES[kind]} (no {'directory: --hf' if kind in ('hf', 'ct2') else 'file: --model'})")
+                missing.append(f"{NAMES[kind]} (no {'file: --model' if kind == 'llama' else 'directory: --hf'})")
                 continue
             if (
                 kind in MODULES
@@ -390,20 +450,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             except RuntimeError as error:
                 if kind == "native":
                     raise
-                missing.append(str(error))
+                missing.append(" ".join(str(error).split()))
         native, ceilings = engines[0], Engine("ceilings", sys.executable, "", args, context)
         work = native.call("work", args.prefill, args.decode)
         for engine in engines:  # one untimed turn
-            measure(engine, "prefill", 32, args, 999)
+            for what, n in dict(cells(args)).items():
+                measure(engine, what, n, args, 999)
         for index in range(args.rounds):
-            for what, n in cells(args):
+            for cell, (what, n) in enumerate(cells(args)):
                 probes.append(ceilings.call("probe"))
                 # The order turns with the rounds, so that no engine always runs on a machine the others have heated.
                 turn = index % len(engines)
                 for engine in engines[turn:] + engines[:turn]:
                     note(f"round {index + 1} of {args.rounds}: {what} {n}, {NAMES[engine.kind]}")
                     try:
-                        rate = measure(engine, what, n, args, index * 7 + 1)
+                        rate = measure(engine, what, n, args, 16 * index + cell + 1)
                     except RuntimeError as error:
                         if engine.kind == "native" or engine.process.poll() is not None:
                             raise
@@ -485,7 +546,7 @@ def sources_of(args: argparse.Namespace) -> dict[str, str]:
     if args.gguf:
         sources["llama"] = str(args.gguf)
     if args.hf:
-        sources["hf"] = sources["ct2"] = str(args.hf)
+        sources |= dict.fromkeys(("ct2", "hf", "ov"), str(args.hf))
     return sources
 
 
@@ -548,8 +609,8 @@ def main() -> None:
     parser.add_argument("--type", choices=["BF16", "Q8_0", "Q4_0", "Q4_K_M", "hf"], default="Q4_0", help="its encoding")
     parser.add_argument("--dir", type=Path, default=HERE / "checkpoints", help="where random checkpoints are kept")
     parser.add_argument("--gguf", type=Path, help="what llama-cpp-python loads, if not the same file")
-    parser.add_argument("--hf", type=Path, help="the same model as a directory, for transformers and ctranslate2")
-    parser.add_argument("--engines", default="native,llama,ct2,hf", help="default: all that are installed")
+    parser.add_argument("--hf", type=Path, help="the same model as a directory, for the other peers")
+    parser.add_argument("--engines", default=",".join(NAMES), help="default: all that are installed")
     parser.add_argument("--peer-python", default=sys.executable, help="the interpreter that has the peers")
     parser.add_argument("--threads", type=int, default=0, help="default: gemma_native's own choice")
     parser.add_argument("--weights", default="auto", help="gemma_native's: auto, bf16, int8, int4")
