@@ -504,6 +504,9 @@ PYBIND11_MODULE(_native, m) {
       if (isa_supported(i)) out.emplace_back(isa_name(i));
     return out;
   });
+  m.def(
+      "bf16_instructions", has_avx512_bf16,
+      "Whether products with bf16 weights round activations to bf16 and use bf16 instructions; else they use float32.");
   m.def("default_threads", default_threads, "min(affinity, cgroup quota, physical cores)");
   m.def("cuda_status", cuda_status, "\"\" when a CUDA device can be used, else why not.");
   m.def(

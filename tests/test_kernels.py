@@ -88,7 +88,7 @@ def test_bf16_product(m: int) -> None:
         x = rng.standard_normal((m, k)).astype(np.float32)
         y = T.product("BF16", w16.tobytes(), rows, k, x, threads=2)
         # Activations stay float32, except where bf16 instructions round them (8 bits of precision).
-        rounding = 2.0**-8 if _native.isa().startswith("avx512") else 0.0
+        rounding = 2.0**-8 if _native.bf16_instructions() else 0.0
         bound = ((k / 16 + 8) * 2 * EPS + rounding) * (np.abs(x).astype(np.float64) @ np.abs(w).T)
         assert (np.abs(y - x.astype(np.float64) @ w.T) <= bound).all()
 

@@ -22,7 +22,7 @@ LEVELS = _native.isa_levels()
 
 pytestmark = pytest.mark.skipif(VARIABLE in os.environ, reason=f"{VARIABLE} asks for one level")
 
-# Quantised products at the process's level, as one hash: all types, either size of activation blocks, one row and many.
+# Products at the process's level: a hash of all quantised types, either size of activation blocks, one row and many; and one of bf16.
 PRODUCTS = """
 import hashlib
 import numpy as np
@@ -43,14 +43,21 @@ for name in BLOCK:
 data = T.quantize("Q8_0", rng.standard_normal((640, 320)).astype(np.float32))
 for m in (1, 3):
     digest.update(repr(T.reachable(data, 640, 320, rng.standard_normal((m, 320)).astype(np.float32), 2)).encode())
-print(_native.isa(), digest.hexdigest())
+bf16 = hashlib.sha256()
+for rows, k in ((33, 250), (70, 2100)):
+    data = (rng.standard_normal((rows, k)).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16).tobytes()
+    for m in (1, 3, 70):
+        bf16.update(T.product("BF16", data, rows, k, rng.standard_normal((m, k)).astype(np.float32), threads=2).tobytes())
+print(_native.isa(), digest.hexdigest(), bf16.hexdigest())
 """
 
 
-def run(level: str, *arguments: str, vnni: bool = True) -> subprocess.CompletedProcess[str]:
-    """A Python process at a level. Its paths are this one's. `vnni=False`: the avx2 level as it is on CPUs without AVX-VNNI."""
+def run(level: str, *arguments: str, without: str = "") -> subprocess.CompletedProcess[str]:
+    """A Python process at a level. Its paths are this one's. `without`: as on CPUs that lack an instruction which the level can use."""
     paths = os.pathsep.join([str(HERE), *(p for p in sys.path if p)])
-    environment = {**os.environ, VARIABLE: level, "PYTHONPATH": paths, "GEMMA_NATIVE_AVX_VNNI": str(int(vnni))}
+    environment = {**os.environ, VARIABLE: level, "PYTHONPATH": paths}
+    if without:
+        environment["GEMMA_NATIVE_" + without] = "0"
     return subprocess.run(
         [sys.executable, *arguments],
         env=environment,
@@ -67,26 +74,31 @@ def test_levels_of_this_process() -> None:
     assert _native.isa() == LEVELS[-1]  # the best
 
 
-OTHERS = [(level, True) for level in LEVELS if level != _native.isa()] + [("avx2", False)] * ("avx2" in LEVELS)
+OPTIONS = {"avx2": "AVX_VNNI", "avx512": "AVX512_BF16", "avx512-emulated": "AVX512_BF16"}
+HERE_TOO = [*LEVELS]
 if "avx2" in LEVELS and hasattr(_native.testing, "emulator"):
-    OTHERS.append(("avx512-emulated", True))  # the AVX-512 level's code on a CPU without
+    HERE_TOO.append("avx512-emulated")  # the AVX-512 level's code on a CPU without
+WAYS = [(level, "") for level in HERE_TOO] + [(level, OPTIONS[level]) for level in HERE_TOO if level in OPTIONS]
 
 
-@pytest.mark.parametrize(("level", "vnni"), OTHERS)
-def test_suite(level: str, vnni: bool) -> None:
+@pytest.mark.parametrize(("level", "without"), [way for way in WAYS if way != (_native.isa(), "")])
+def test_suite(level: str, without: str) -> None:
     files = [str(HERE / name) for name in ("test_kernels.py", "test_model.py", "test_model_calls.py")]
-    done = run(level, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", *files, vnni=vnni)
+    done = run(level, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", *files, without=without)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-8000:] + done.stderr[-2000:]
 
 
-def test_quantised_products_are_the_same_bits() -> None:
-    hashes = {}
-    for level, vnni in [*OTHERS, (_native.isa(), True)]:
-        done = run(level, "-c", PRODUCTS, vnni=vnni)
+def test_products_are_the_same_bits() -> None:
+    quantised, bf16 = {}, {}
+    for level, without in WAYS:
+        done = run(level, "-c", PRODUCTS, without=without)
         assert done.returncode == 0, done.stderr
-        name, hashes[level, vnni] = done.stdout.split()
+        name, quantised[level, without], bf16[level, without] = done.stdout.split()
         assert name == level
-    assert len(set(hashes.values())) == 1, hashes
+    assert len(set(quantised.values())) == 1, quantised
+    # bf16 instructions round activations, and without them there is one way to go.
+    by_fma = [hash for (_, without), hash in bf16.items() if without]
+    assert len(set(by_fma)) <= 1, bf16
 
 
 @pytest.mark.parametrize("level", ["sse9", "AVX2", " scalar", "scalar,avx2"])

@@ -4,14 +4,34 @@
 
 namespace gemma {
 
+#if defined(GEMMA_NATIVE_X86)
+namespace {
+
+// The AVX-512 level with bf16 products by multiply-adds, as the avx2 level computes them: to its bits.
+Kernels without_bf16(Kernels k) {
+  k.pack = kAvx2Kernels.pack;
+  k.pack_bytes = kAvx2Kernels.pack_bytes;
+  k.bf16 = kAvx2Kernels.bf16;
+  k.peak_bf16 = kAvx2Kernels.peak_bf16;
+  return k;
+}
+
+const Kernels& with_what_there_is(const Kernels& k) {
+  static const Kernels without = without_bf16(k);
+  return has_avx512_bf16() ? k : without;
+}
+
+}  // namespace
+#endif
+
 const Kernels& kernels() {
   switch (chosen_isa()) {
 #if defined(GEMMA_NATIVE_X86)
     case Isa::avx512:
-      return kAvx512Kernels;
+      return with_what_there_is(kAvx512Kernels);
 #if defined(GEMMA_NATIVE_EMULATOR)
     case Isa::avx512_emulated:
-      return kAvx512EmulatedKernels;
+      return with_what_there_is(kAvx512EmulatedKernels);
 #endif
     case Isa::avx2:
       return has_avx_vnni() ? kAvxVnniKernels : kAvx2Kernels;

@@ -18,7 +18,7 @@ namespace gemma {
 namespace {
 
 struct Cpu {
-  bool avx2 = false, avx_vnni = false, avx512 = false;
+  bool avx2 = false, avx_vnni = false, avx512 = false, avx512_bf16 = false;
 };
 
 #if defined(GEMMA_NATIVE_X86)
@@ -56,8 +56,8 @@ Cpu detect() {
   cpu.avx2 = bit(one[2], 12) && bit(one[2], 29) && bit(seven[1], 5);  // FMA, F16C, AVX2
   cpu.avx_vnni = cpu.avx2 && bit(seven1[0], 4);
   const bool f_dq_bw_vl = bit(seven[1], 16) && bit(seven[1], 17) && bit(seven[1], 30) && bit(seven[1], 31);
-  cpu.avx512 =
-      cpu.avx2 && (state & 0xe6) == 0xe6 && f_dq_bw_vl && bit(seven[2], 11) && bit(seven1[0], 5);  // VNNI, BF16
+  cpu.avx512 = cpu.avx2 && (state & 0xe6) == 0xe6 && f_dq_bw_vl && bit(seven[2], 11);  // VNNI
+  cpu.avx512_bf16 = cpu.avx512 && bit(seven1[0], 5);
   return cpu;
 }
 #else
@@ -67,6 +67,12 @@ Cpu detect() { return {}; }
 const Cpu& cpu() {
   static const Cpu c = detect();
   return c;
+}
+
+// For tests: a variable that is "0" makes a level what it is on CPUs without an instruction.
+bool allowed(const char* variable) {
+  const char* value = std::getenv(variable);
+  return !value || value != std::string("0");
 }
 
 Isa choose() {
@@ -97,9 +103,11 @@ const char* isa_name(Isa isa) {
 
 bool isa_supported(Isa isa) { return isa == Isa::scalar || (isa == Isa::avx512 ? cpu().avx512 : cpu().avx2); }
 
-bool has_avx_vnni() {
-  const char* wanted = std::getenv("GEMMA_NATIVE_AVX_VNNI");  // "0": the avx2 level as it is on CPUs without, for tests
-  return cpu().avx_vnni && !(wanted && std::string(wanted) == "0");
+bool has_avx_vnni() { return cpu().avx_vnni && allowed("GEMMA_NATIVE_AVX_VNNI"); }
+
+bool has_avx512_bf16() {
+  const bool there = chosen_isa() == Isa::avx512_emulated || (chosen_isa() == Isa::avx512 && cpu().avx512_bf16);
+  return there && allowed("GEMMA_NATIVE_AVX512_BF16");
 }
 
 Isa chosen_isa() {

@@ -7,7 +7,8 @@ enum class Isa { scalar, avx2, avx512, avx512_emulated };  // the last for tests
 
 const char* isa_name(Isa isa);
 bool isa_supported(Isa isa);
-bool has_avx_vnni();  // vpdpbusd on 256 bits, used inside the avx2 level
+bool has_avx_vnni();     // vpdpbusd on 256 bits, used inside the avx2 level
+bool has_avx512_bf16();  // vdpbf16ps, used inside the avx512 level where that is the chosen one
 
 // The best supported level, or the one that GEMMA_NATIVE_ISA names; read once. Throws InputError for an unknown or
 // unsupported name.

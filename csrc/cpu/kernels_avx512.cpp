@@ -1,4 +1,4 @@
-// The kernels for AVX-512 F, BW, DQ, VL, VNNI and BF16.
+// The kernels for AVX-512 F, BW, DQ, VL and VNNI; those for bf16 weights need BF16 as well (dispatch.cpp).
 #define GEMMA_ISA isa_avx512
 #include "vec_avx512.h"
 // (The bodies come after the vector type that they are written over.)

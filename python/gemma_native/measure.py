@@ -284,7 +284,7 @@ def bench(
     if model.device != "cpu":
         kind = "bf16"  # what every product on tensor cores is
     else:
-        kind = "int8" if quantised else ("bf16" if peak_of.get("bf16") and model.isa == "avx512" else "f32")
+        kind = "int8" if quantised else ("bf16" if _native.bf16_instructions() else "f32")
     peak = peak_of.get(kind)
     results = []
     for (what, n, batch), seconds in times.items():
