@@ -283,11 +283,11 @@ constexpr Kernels make_table(const char* name) {
   k.name = name;
   k.rms_norm = rms_norm;
   k.quantize = quantize;
-  k.pack = pack<V>;
+  k.pack = pack;
   k.pack_bytes = pack_bytes;
   k.panel = panel;
   k.scan = scan;
-  k.bf16 = bf16<V>;
+  k.bf16 = bf16;
   k.geglu = geglu;
   k.add = add;
   k.softcap = softcap;

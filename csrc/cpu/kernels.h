@@ -94,8 +94,8 @@ struct Kernels {
 };
 
 constexpr int kBf16Rows = 32;
-// (by columns: with gaps, and the last step and span filled up)
-constexpr int64_t bf16_scratch(int64_t k) { return 2 * kBf16Rows * (k + k / 16 + 144); }
+// (with gaps, and the last step and span filled up)
+constexpr int64_t bf16_scratch(int64_t k) { return 2 * kBf16Rows * (k + k / 16 + 160); }
 
 extern const Kernels kScalarKernels;
 #if defined(GEMMA_NATIVE_X86)

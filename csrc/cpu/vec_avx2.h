@@ -167,14 +167,14 @@ struct V {
 #endif
   }
 
-  // bf16 products: 16 values along K at a time, activations in float32 with even elements before odd ones. A row of weights is widened
-  // in registers for up to three rows of activations; more are worth transposing it.
+  // bf16 products, few rows: 16 values along K at a time, activations in float32 with even elements before odd ones. A row of weights is
+  // widened in registers.
+  static constexpr int kBf16Few = 3;  // rows of activations
   static constexpr int kBf16Step = 16, kBf16Halves = 2;
-  static constexpr int kBf16TileW = 1, kBf16TileX = 3;
-  static constexpr int kBf16Streams = 2;                // weight rows read side by side for a single row of activations
-  static constexpr int kPackedSize = 4, kKeptSize = 4;  // (rows too few for columns are one tile: nothing is kept)
-  static constexpr int64_t kPiece = 2048;
-  static constexpr int kColumnsFrom = 4;
+  static constexpr int kBf16TileW = 1;     // weight rows that meet them at a time
+  static constexpr int kBf16Streams = 2;   // the same for a single row of activations
+  static constexpr int kPackedSize = 4;    // bytes of a packed activation
+  static constexpr int64_t kPiece = 2048;  // K values of activations that stay in L1
   using Wide = __m256;
   using Packed = __m256;
   struct Sum {
@@ -186,12 +186,6 @@ struct V {
     return _mm256_castsi256_ps(half ? _mm256_and_si256(w, _mm256_set1_epi32(static_cast<int>(0xffff0000u)))
                                     : _mm256_slli_epi32(w, 16));
   }
-  static void keep_w(uint8_t* to, const uint16_t* p) {
-    for (int half = 0; half < 2; ++half) _mm256_storeu_ps(reinterpret_cast<float*>(to) + 8 * half, load_w(p, half));
-  }
-  static Wide load_kept(const uint8_t* p, int half) {
-    return _mm256_loadu_ps(reinterpret_cast<const float*>(p) + 8 * half);
-  }
   static Packed load_packed(const void* x, int half) {
     return _mm256_loadu_ps(static_cast<const float*>(x) + 8 * half);
   }
@@ -199,8 +193,22 @@ struct V {
   static void close(const Sum* s, int stride, int n, float* out) {
     for (int i = 0; i < n; ++i) out[i] = sum(_mm256_add_ps(s[i * stride].half[0], s[i * stride].half[1]));
   }
-  // The order in which `close` joins what lane and half hold: k = j with k = j + 1, then j + 8, j + 4 and j + 2.
+  // 32 floats to packed form
+  static void pack32(const float* x, void* out) {
+    float* f = static_cast<float*>(out);
+    for (int h = 0; h < 32; h += 16)
+      for (int i = 0; i < 8; ++i) {
+        f[h + i] = x[h + 2 * i];
+        f[h + 8 + i] = x[h + 2 * i + 1];
+      }
+  }
+
+  // bf16 products by columns: each of 8 passes takes the lower values of its words, and another one the upper ones.
+  using Column = float;
+  static constexpr int kColumnStep = 16, kColumnTile = 6;  // with two vectors of weights, 12 sums in 16 registers
+  // The passes in the order in which `close` joins what lane and half hold: k = j with k = j + 1, then j + 8, j + 4 and j + 2.
   static constexpr int kTree[] = {1, 8, 4, 2};
+  static void to_columns(const float* x, Column* c) { std::memcpy(c, x, kColumnStep * sizeof(float)); }
   // c[j] = values at + 2 j and at + 2 j + 1 of 8 rows.
   static void columns(const uint16_t* const* rows, int64_t at, I* c) {
     I x[8], y[8];
@@ -219,21 +227,13 @@ struct V {
       c[i + 4] = _mm256_permute2x128_si256(x[i], x[i + 4], 0x31);
     }
   }
-  // The lower or upper bf16 of each word.
-  template <bool UPPER>
-  static F half(const uint32_t* p) {
-    return _mm256_castsi256_ps(UPPER ? _mm256_and_si256(load_i(p), set_i(static_cast<int>(0xffff0000u)))
-                                     : _mm256_slli_epi32(load_i(p), 16));
+  using Part = F;
+  template <int PART>
+  static Part part(const uint32_t* p) {
+    return _mm256_castsi256_ps(PART ? _mm256_and_si256(load_i(p), set_i(static_cast<int>(0xffff0000u)))
+                                    : _mm256_slli_epi32(load_i(p), 16));
   }
-  // 32 floats to packed form
-  static void pack32(const float* x, void* out) {
-    float* f = static_cast<float*>(out);
-    for (int h = 0; h < 32; h += 16)
-      for (int i = 0; i < 8; ++i) {
-        f[h + i] = x[h + 2 * i];
-        f[h + 8 + i] = x[h + 2 * i + 1];
-      }
-  }
+  static F dot_column(Part w, Column x, F sum) { return fma(w, set(x), sum); }
 
   // bf16 pairs: a = even elements, b = odd elements of 16 values.
   static void load_pairs(const uint16_t* p, F& a, F& b) {

@@ -1,4 +1,4 @@
-// Vectors of 16 floats: AVX-512 F, BW, DQ, VL with VNNI and BF16. Included by kernels_avx512.cpp alone.
+// Vectors of 16 floats: AVX-512 F, BW, DQ, VL with VNNI, and BF16 for products with bf16 weights. Included by kernels_avx512.cpp alone.
 #pragma once
 #include <immintrin.h>
 
@@ -138,13 +138,13 @@ struct V {
     return _mm512_add_epi32(x, y);
   }
 
-  // bf16 products: 32 values along K at a time.
+  // bf16 products, few rows: 32 values along K at a time, activations rounded to bf16.
+  static constexpr int kBf16Few = 6;  // rows of activations
   static constexpr int kBf16Step = 32, kBf16Halves = 1;
-  static constexpr int kBf16TileW = 4, kBf16TileX = 6;
-  static constexpr int kBf16Streams = 1;  // weight rows read side by side for a single row of activations
-  static constexpr int kPackedSize = 2, kKeptSize = 2;
-  static constexpr int64_t kPiece = 1024;  // see `piece`
-  static constexpr int kColumnsFrom = 0;   // never by columns: not measured at this level
+  static constexpr int kBf16TileW = 4;     // weight rows that meet them at a time
+  static constexpr int kBf16Streams = 1;   // the same for a single row of activations
+  static constexpr int kPackedSize = 2;    // bytes of a packed activation
+  static constexpr int64_t kPiece = 1024;  // K values of activations that stay in L1
   using Wide = __m512i;
   using Packed = __m512i;
   static __m512bh as_bf16(__m512i x) {
@@ -157,8 +157,6 @@ struct V {
   };
   static Sum sum_zero() { return {_mm512_setzero_ps()}; }
   static Wide load_w(const uint16_t* p, int) { return _mm512_loadu_si512(p); }
-  static void keep_w(uint8_t* to, const uint16_t* p) { _mm512_storeu_si512(to, _mm512_loadu_si512(p)); }
-  static Wide load_kept(const uint8_t* p, int) { return _mm512_loadu_si512(p); }
   static Packed load_packed(const void* x, int) { return _mm512_loadu_si512(x); }
   static void dot_bf16(Sum& s, int, Wide w, Packed x) { s.x = _mm512_dpbf16_ps(s.x, as_bf16(w), as_bf16(x)); }
   // out[i] = sum(s[i * stride]) for i < n: 16 trees at once, each the tree of `sum`.
@@ -173,6 +171,43 @@ struct V {
   static void pack32(const float* x, void* out) {
     __m512bh b = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + 16), _mm512_loadu_ps(x));
     std::memcpy(out, &b, 64);
+  }
+
+  // bf16 products by columns: a pass takes one pair of a step, two values in a word.
+  using Column = uint32_t;
+  static constexpr int kColumnStep = 32, kColumnTile = 12;  // with two vectors of weights, 24 sums in 32 registers
+  static constexpr int kTree[] = {8, 4, 2, 1};              // the passes in the order in which `join` takes lanes
+  static void to_columns(const float* x, Column* c) { pack32(x, c); }
+  // c[j] = values at + 2 j and at + 2 j + 1 of 16 rows.
+  static void columns(const uint16_t* const* rows, int64_t at, I* c) {
+    I x[16], y[16];
+    for (int i = 0; i < 16; i += 2) {
+      const I a = load_i(rows[i] + at), b = load_i(rows[i + 1] + at);
+      y[i] = _mm512_unpacklo_epi32(a, b);
+      y[i + 1] = _mm512_unpackhi_epi32(a, b);
+    }
+    for (int i = 0; i < 16; i += 4)
+      for (int j = 0; j < 2; ++j) {
+        x[i + 2 * j] = _mm512_unpacklo_epi64(y[i + j], y[i + j + 2]);
+        x[i + 2 * j + 1] = _mm512_unpackhi_epi64(y[i + j], y[i + j + 2]);
+      }
+    // Group g of x[4 i + j] now is word 4 g + j of rows 4 i to 4 i + 3.
+    for (int j = 0; j < 4; ++j)
+      for (int odd = 0; odd < 2; ++odd) {
+        const I low = odd ? _mm512_shuffle_i32x4(x[j], x[j + 4], 0xdd) : _mm512_shuffle_i32x4(x[j], x[j + 4], 0x88);
+        const I high =
+            odd ? _mm512_shuffle_i32x4(x[j + 8], x[j + 12], 0xdd) : _mm512_shuffle_i32x4(x[j + 8], x[j + 12], 0x88);
+        c[j + 4 * odd] = _mm512_shuffle_i32x4(low, high, 0x88);
+        c[j + 4 * odd + 8] = _mm512_shuffle_i32x4(low, high, 0xdd);
+      }
+  }
+  using Part = I;
+  template <int>
+  static Part part(const uint32_t* p) {
+    return load_i(p);
+  }
+  static F dot_column(Part w, Column x, F sum) {
+    return _mm512_dpbf16_ps(sum, as_bf16(w), as_bf16(set_i(static_cast<int32_t>(x))));
   }
 
   // bf16 pairs: a = even elements, b = odd elements of 32 values.

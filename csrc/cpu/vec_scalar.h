@@ -236,13 +236,13 @@ struct V {
     return x;
   }
 
-  // bf16 products: 16 values along K at a time, activations in float32.
+  // bf16 products, few rows: 16 values along K at a time, activations in float32.
+  static constexpr int kBf16Few = 2;  // rows of activations
   static constexpr int kBf16Step = 16, kBf16Halves = 1;
-  static constexpr int kBf16TileW = 2, kBf16TileX = 2;
-  static constexpr int kBf16Streams = 1;  // weight rows read side by side for a single row of activations
-  static constexpr int kPackedSize = 4, kKeptSize = 2;
-  static constexpr int64_t kPiece = 1024;  // see `piece`
-  static constexpr int kColumnsFrom = 0;   // never by columns
+  static constexpr int kBf16TileW = 2;     // weight rows that meet them at a time
+  static constexpr int kBf16Streams = 1;   // the same for a single row of activations
+  static constexpr int kPackedSize = 4;    // bytes of a packed activation
+  static constexpr int64_t kPiece = 2048;  // K values of activations that stay in L1
   struct Wide {
     uint16_t v[16];
   };
@@ -254,12 +254,6 @@ struct V {
   };
   static Sum sum_zero() { return {}; }
   static Wide load_w(const uint16_t* p, int) {
-    Wide r;
-    std::memcpy(r.v, p, sizeof(r.v));
-    return r;
-  }
-  static void keep_w(uint8_t* to, const uint16_t* p) { std::memcpy(to, p, sizeof(Wide)); }
-  static Wide load_kept(const uint8_t* p, int) {
     Wide r;
     std::memcpy(r.v, p, sizeof(r.v));
     return r;
@@ -277,6 +271,28 @@ struct V {
   }
   // 32 floats to packed form
   static void pack32(const float* x, void* out) { std::memcpy(out, x, 32 * sizeof(float)); }
+
+  // bf16 products by columns: each of 8 passes takes the first values of its words, and another one the second ones.
+  using Column = float;
+  static constexpr int kColumnStep = 16, kColumnTile = 4;
+  static constexpr int kTree[] = {8, 4, 2, 1};  // the passes in the order in which `close` joins what they are there
+  static void to_columns(const float* x, Column* c) { std::memcpy(c, x, kColumnStep * sizeof(float)); }
+  // c[j] = values at + 2 j and at + 2 j + 1 of 8 rows.
+  static void columns(const uint16_t* const* rows, int64_t at, I* c) {
+    for (int j = 0; j < kColumnStep / 2; ++j) GEMMA_EACH std::memcpy(&c[j].v[i], rows[i] + at + 2 * j, sizeof(int32_t));
+  }
+  using Part = F;
+  template <int PART>
+  static Part part(const uint32_t* p) {
+    F r;
+    GEMMA_EACH {
+      uint16_t both[2];
+      std::memcpy(both, p + i, sizeof(both));
+      r.v[i] = bf16_to_float(both[PART]);
+    }
+    return r;
+  }
+  static F dot_column(const Part& w, Column x, const F& sum) { return fma(w, set(x), sum); }
 
   // bf16 pairs: a = even elements, b = odd elements of 16 values.
   static void load_pairs(const uint16_t* p, F& a, F& b) {

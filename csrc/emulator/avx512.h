@@ -16,6 +16,7 @@
 #undef _mm512_extractf32x8_ps
 #undef _mm512_shuffle_epi32
 #undef _mm512_shuffle_f32x4
+#undef _mm512_shuffle_i32x4
 #undef _mm512_shuffle_ps
 #undef _mm512_slli_epi16
 #undef _mm512_slli_epi32
@@ -78,6 +79,10 @@ GEMMA_BOTH2(_mm512_and_si512, __m512i, _mm256_and_si256)
 GEMMA_BOTH2(_mm512_or_si512, __m512i, _mm256_or_si256)
 GEMMA_BOTH2(_mm512_add_epi32, __m512i, _mm256_add_epi32)
 GEMMA_BOTH2(_mm512_max_epi32, __m512i, _mm256_max_epi32)
+GEMMA_BOTH2(_mm512_unpacklo_epi32, __m512i, _mm256_unpacklo_epi32)
+GEMMA_BOTH2(_mm512_unpackhi_epi32, __m512i, _mm256_unpackhi_epi32)
+GEMMA_BOTH2(_mm512_unpacklo_epi64, __m512i, _mm256_unpacklo_epi64)
+GEMMA_BOTH2(_mm512_unpackhi_epi64, __m512i, _mm256_unpackhi_epi64)
 GEMMA_BOTH1(_mm512_castsi512_ps, __m512i, _mm256_castsi256_ps)
 GEMMA_BOTH1(_mm512_castps_si512, __m512, _mm256_castps_si256)
 GEMMA_BOTH1(_mm512_cvtps_epi32, __m512, _mm256_cvtps_epi32)
@@ -178,12 +183,15 @@ inline V shuffle_in_groups(V x, V y, int order) {
 }
 inline __m512 _mm512_shuffle_ps(__m512 x, __m512 y, int order) { return shuffle_in_groups<float>(x, y, order); }
 inline __m512i _mm512_shuffle_epi32(__m512i x, int order) { return shuffle_in_groups<int32_t>(x, x, order); }
-inline __m512 _mm512_shuffle_f32x4(__m512 x, __m512 y, int order) {
-  const auto a = lanes<float>(x), b = lanes<float>(y);
+template <class T, class V>
+inline V shuffle_groups(V x, V y, int order) {
+  const auto a = lanes<T>(x), b = lanes<T>(y);
   auto r = a;
   for (int i = 0; i < 16; ++i) r[i] = (i < 8 ? a : b)[(order >> i / 4 * 2 & 3) * 4 + i % 4];
-  return vector<__m512>(r);
+  return vector<V>(r);
 }
+inline __m512 _mm512_shuffle_f32x4(__m512 x, __m512 y, int order) { return shuffle_groups<float>(x, y, order); }
+inline __m512i _mm512_shuffle_i32x4(__m512i x, __m512i y, int order) { return shuffle_groups<int32_t>(x, y, order); }
 inline __m512 _mm512_permutexvar_ps(__m512i order, __m512 x) {
   const auto o = lanes<int32_t>(order);
   const auto a = lanes<float>(x);
