@@ -24,7 +24,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -39,327 +38,14 @@ NAMES = {
 MODULES = {"llama": "llama_cpp", "ct2": "ctranslate2", "hf": "transformers", "ov": "openvino_genai"}
 
 
-def prompt(n: int, salt: int) -> list[int]:
-    """n token ids that every vocabulary has; another salt shares no prefix."""
-    return [2] + [(7919 * (i + 1) + 104729 * salt) % 900 + 100 for i in range(n - 1)]
-
-
-# Engines, one a process. An engine answers:
-#   prefill(n, salt) -> seconds    decode(context, tokens) -> seconds    generate(n, tokens, salt) -> seconds
-
-
-class Native:
-    def __init__(self, args: argparse.Namespace) -> None:
-        from gemma_native import Gemma
-
-        self.gemma = Gemma.load(args.source, device="cpu", weights=args.weights, kv=args.kv, threads=args.threads)
-        self.model = self.gemma.model
-        self.cache = self.model.new_cache(args.context)
-        self.caches: dict[int, Any] = {}
-
-    def about(self) -> dict[str, Any]:
-        import gemma_native
-
-        return {
-            "version": gemma_native.__version__,
-            "isa": self.model.isa,
-            "threads": self.model.threads,
-            "weight_bytes": self.model.nbytes,
-            "encodings": sorted(set(self.model.encodings().values())),
-        }
-
-    def work(self, prompts: list[int], contexts: list[int]) -> dict[str, Any]:
-        """Operations of a prefill and bytes of a decode step, the same for every engine on this model."""
-        from gemma_native.measure import kv_bytes, operations
-
-        config = self.model.config
-        return {
-            "operations": {str(n): operations(config, n) for n in prompts},
-            "bytes": {str(n): self.model.nbytes + kv_bytes(config, n, self.model.kv, rings=False) for n in contexts},
-        }
-
-    def prefill(self, n: int, salt: int) -> float:
-        self.cache.truncate(0)
-        ids = prompt(n, salt)
-        started = time.perf_counter()
-        self.model.forward(ids, self.cache, top_k=1)
-        return time.perf_counter() - started
-
-    def decode(self, context: int, tokens: int) -> float:
-        cache = self.caches.get(context)
-        if cache is None:
-            cache = self.caches[context] = self.model.new_cache(context + tokens)
-            self.model.forward(prompt(context, 0), cache, top_k=1)
-        token = 5
-        started = time.perf_counter()
-        for _ in range(tokens):
-            ids, _ = self.model.forward([token], cache, top_k=1)
-            token = int(ids[0])
-        seconds = time.perf_counter() - started
-        cache.truncate(context)
-        return seconds
-
-    def generate(self, n: int, tokens: int, salt: int) -> float:
-        wanted = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True}
-        started = time.perf_counter()
-        if self.gemma.has_tokenizer:
-            for _ in self.gemma.stream(prompt(n, salt), **wanted):
-                pass
-        else:  # no text to stream
-            self.gemma.generate(prompt(n, salt), **wanted)
-        return time.perf_counter() - started
-
-
-class Ceilings:
-    """The machine's own limits, in a process of its own so that no engine's peak memory counts the probe's."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.threads = args.threads
-
-    def about(self) -> dict[str, Any]:
-        return {}
-
-    def probe(self) -> dict[str, Any]:
-        from gemma_native import _native
-
-        return {
-            "read_bandwidth": _native.measure_read_bandwidth(self.threads),
-            "peak": _native.measure_peak(self.threads),
-        }
-
-
-class Llama:
-    def __init__(self, args: argparse.Namespace) -> None:
-        import llama_cpp
-        import numpy as np
-
-        self.np = np
-        self.api = llama_cpp
-        self.llm = llama_cpp.Llama(
-            model_path=args.source,
-            n_ctx=args.context,
-            n_batch=512,
-            n_ubatch=512,
-            n_threads=args.threads,
-            n_threads_batch=args.threads,
-            n_gpu_layers=0,
-            verbose=False,
-        )
-        self.depth = -1
-
-    def about(self) -> dict[str, Any]:
-        return {"version": self.api.__version__, "system": self.api.llama_print_system_info().decode(errors="replace")}
-
-    def _choice(self) -> int:
-        logits = self.api.llama_get_logits_ith(self.llm.ctx, -1)
-        return int(self.np.argmax(self.np.ctypeslib.as_array(logits, (self.llm.n_vocab(),))))
-
-    def prefill(self, n: int, salt: int) -> float:
-        self.depth = -1
-        self.llm.reset()
-        ids = prompt(n, salt)
-        started = time.perf_counter()
-        self.llm.eval(ids)
-        self._choice()
-        return time.perf_counter() - started
-
-    def decode(self, context: int, tokens: int) -> float:
-        if self.depth != context:
-            self.llm.reset()
-            self.llm.eval(prompt(context, 0))
-            self.depth = context
-        self.llm.n_tokens = context  # eval drops what lies behind
-        token = 5
-        started = time.perf_counter()
-        for _ in range(tokens):
-            self.llm.eval([token])
-            token = self._choice()
-        return time.perf_counter() - started
-
-    def generate(self, n: int, tokens: int, salt: int) -> float:
-        self.depth = -1
-        self.llm.reset()
-        started = time.perf_counter()
-        for i, _ in enumerate(self.llm.generate(prompt(n, salt), temp=0.0), 1):
-            if i == tokens:
-                break
-        return time.perf_counter() - started
-
-
-class Transformers:
-    def __init__(self, args: argparse.Namespace) -> None:
-        import torch
-        import transformers
-
-        self.torch = torch
-        self.version = f"{transformers.__version__}, torch {torch.__version__}"
-        torch.set_num_threads(args.threads)
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(args.source, torch_dtype=torch.bfloat16).eval()
-        self.filled: dict[int, Any] = {}
-
-    def about(self) -> dict[str, Any]:
-        return {"version": self.version}
-
-    def _step(self, ids: list[int], cache: Any) -> tuple[int, Any]:
-        with self.torch.inference_mode():
-            out = self.model(self.torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return int(out.logits[0, -1].argmax()), out.past_key_values
-
-    def prefill(self, n: int, salt: int) -> float:
-        ids = prompt(n, salt)
-        started = time.perf_counter()
-        self._step(ids, None)
-        return time.perf_counter() - started
-
-    def decode(self, context: int, tokens: int) -> float:
-        if context not in self.filled:
-            self.filled[context] = self._step(prompt(context, 0), None)[1]
-        cache, token = self.filled[context], 5
-        started = time.perf_counter()
-        for _ in range(tokens):
-            token, cache = self._step([token], cache)
-        seconds = time.perf_counter() - started
-        cache.crop(context)
-        return seconds
-
-    def generate(self, n: int, tokens: int, salt: int) -> float:
-        ids = self.torch.tensor([prompt(n, salt)])
-        started = time.perf_counter()
-        self.model.generate(ids, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens)
-        return time.perf_counter() - started
-
-
-class ByGenerate:
-    """Engines that offer nothing but a whole generation: a prefill is one of a single token, decoding what more tokens add."""
-
-    def generate(self, n: int, tokens: int, salt: int) -> float:
-        raise NotImplementedError
-
-    def prefill(self, n: int, salt: int) -> float:
-        return self.generate(n, 1, salt)
-
-    def decode(self, context: int, tokens: int) -> float:
-        return self.generate(context, tokens + 1, 0) - self.generate(context, 1, 0)
-
-
-class CTranslate2(ByGenerate):
-    def __init__(self, args: argparse.Namespace) -> None:
-        import ctranslate2
-
-        self.version = ctranslate2.__version__
-        source = Path(args.source)
-        if not (source / "model.bin").exists():  # converted once, beside the original (needs transformers and torch)
-            target = source.with_name(source.name + "-ct2-int8")
-            if not target.exists():
-                ctranslate2.converters.TransformersConverter(str(source)).convert(str(target), quantization="int8")
-            source = target
-        self.generator = ctranslate2.Generator(str(source), device="cpu", intra_threads=args.threads)
-        self.pieces = json.loads((source / "vocabulary.json").read_text())
-
-    def about(self) -> dict[str, Any]:
-        return {"version": f"{self.version}, int8"}
-
-    def generate(self, n: int, tokens: int, salt: int) -> float:
-        pieces = [self.pieces[i] for i in prompt(n, salt)]
-        started = time.perf_counter()
-        self.generator.generate_batch(
-            [pieces], min_length=tokens, max_length=tokens, sampling_topk=1, include_prompt_in_result=False
-        )
-        return time.perf_counter() - started
-
-
-class OpenVINO(ByGenerate):
-    def __init__(self, args: argparse.Namespace) -> None:
-        import numpy as np
-        import openvino
-        import openvino_genai
-
-        self.np, self.openvino = np, openvino
-        self.version = f"{openvino_genai.__version__}, int8"
-        source = Path(args.source)
-        if not (source / "openvino_model.xml").exists():  # converted once, beside the original (needs optimum-intel)
-            target = source.with_name(source.name + "-openvino-int8")
-            if not target.exists():
-                from optimum.intel import OVModelForCausalLM
-
-                OVModelForCausalLM.from_pretrained(
-                    source, export=True, load_in_8bit=True, compile=False
-                ).save_pretrained(target)
-            source = target
-        plain = openvino_genai.SchedulerConfig()
-        plain.enable_prefix_caching = False  # a prompt is measured again and again
-        self.pipeline = openvino_genai.LLMPipeline(
-            str(source), "CPU", scheduler_config=plain, INFERENCE_NUM_THREADS=args.threads
-        )
-
-    def about(self) -> dict[str, Any]:
-        return {"version": self.version}
-
-    def generate(self, n: int, tokens: int, salt: int) -> float:
-        ids = self.openvino.Tensor(self.np.array([prompt(n, salt)]))
-        started = time.perf_counter()
-        got = self.pipeline.generate(ids, max_new_tokens=tokens, ignore_eos=True, do_sample=False)
-        seconds = time.perf_counter() - started
-        if len(got.tokens[0]) != tokens:
-            raise RuntimeError(f"{len(got.tokens[0])} tokens of {tokens}")
-        return seconds
-
-
-ENGINES = {
-    "ceilings": Ceilings,
-    "native": Native,
-    "llama": Llama,
-    "ct2": CTranslate2,
-    "hf": Transformers,
-    "ov": OpenVINO,
-}
-
-
-def worker(args: argparse.Namespace) -> None:
-    """Answers one JSON request a line; what libraries print goes to stderr."""
-    import resource
-
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-
-    def answer(value: Any) -> None:
-        answers.write(json.dumps(value) + "\n")
-
-    try:
-        started = time.perf_counter()
-        engine: Any = ENGINES[args.worker](args)
-        answer({"load_s": time.perf_counter() - started, **engine.about()})
-    except Exception as error:
-        answer({"error": f"{type(error).__name__}: {error}"})
-        return
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            if request["call"] == "peak_memory":
-                answer(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-            else:
-                answer(getattr(engine, request["call"])(*request["args"]))
-        except Exception as error:
-            answer({"error": f"{type(error).__name__}: {error}"})
-
-
 class Engine:
     """The parent's side of a worker."""
 
     def __init__(self, kind: str, python: str, source: str, args: argparse.Namespace, context: int) -> None:
         self.kind = kind
         self.name = NAMES.get(kind, kind)
-        command = [python, str(HERE / "compare.py"), "--worker", kind, "--source", source]
-        command += [
-            "--threads",
-            str(args.threads),
-            "--context",
-            str(context),
-            "--weights",
-            args.weights,
-            "--kv",
-            args.kv,
-        ]
+        command = [python, str(HERE / "engines.py"), kind, "--source", source, "--threads", str(args.threads)]
+        command += ["--context", str(context), "--weights", args.weights, "--kv", args.kv]
         environment = dict(os.environ)
         if kind in ("native", "ceilings") and args.isa:
             environment["GEMMA_NATIVE_ISA"] = args.isa
@@ -453,9 +139,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 missing.append(" ".join(str(error).split()))
         native, ceilings = engines[0], Engine("ceilings", sys.executable, "", args, context)
         work = native.call("work", args.prefill, args.decode)
-        for engine in engines:  # one untimed turn
-            for what, n in dict(cells(args)).items():
-                measure(engine, what, n, args, 999)
+
+        def attempt(engine: Engine, what: str, n: int, salt: int) -> float | None:
+            try:
+                return measure(engine, what, n, args, salt)
+            except RuntimeError as error:  # a peer that cannot do this cell may do others
+                if engine.kind == "native" or engine.process.poll() is not None:
+                    raise
+                missing.append(f"{what} {n}: {error}")
+                return None
+
+        for engine in engines:  # one untimed turn of every kind, at its smallest
+            for what, n in dict(sorted(cells(args), reverse=True)).items():
+                attempt(engine, what, n, 999)
         for index in range(args.rounds):
             for cell, (what, n) in enumerate(cells(args)):
                 probes.append(ceilings.call("probe"))
@@ -463,14 +159,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 turn = index % len(engines)
                 for engine in engines[turn:] + engines[:turn]:
                     note(f"round {index + 1} of {args.rounds}: {what} {n}, {NAMES[engine.kind]}")
-                    try:
-                        rate = measure(engine, what, n, args, 16 * index + cell + 1)
-                    except RuntimeError as error:
-                        if engine.kind == "native" or engine.process.poll() is not None:
-                            raise
-                        missing.append(f"{what} {n}: {error}")
-                        continue
-                    values.setdefault((what, n, engine.kind), []).append(rate)
+                    rate = attempt(engine, what, n, 16 * index + cell + 1)
+                    if rate is not None:
+                        values.setdefault((what, n, engine.kind), []).append(rate)
         note("")
         about = {e.kind: {**e.about, "peak_memory": e.call("peak_memory")} for e in engines}
     finally:
@@ -514,7 +205,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         },
         "peak": peaks,
         "engines": about,
-        "left_out": missing,
+        "left_out": list(dict.fromkeys(missing)),
         "rows": rows,
     }
 
@@ -623,13 +314,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="keep everything here")
     parser.add_argument("--verbose", action="store_true", help="show what the engines print")
-    parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)
-    parser.add_argument("--source", help=argparse.SUPPRESS)
-    parser.add_argument("--context", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.worker:
-        worker(args)
-        return
     args.engines = [name for name in args.engines.split(",") if name in NAMES]
     if not args.engines or args.engines[0] != "native":
         args.engines = ["native"] + [name for name in args.engines if name != "native"]  # it probes the ceilings
