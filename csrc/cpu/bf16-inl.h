@@ -1,4 +1,4 @@
-// Products with bf16 weights in file order: lane j sums k = j modulo the step, and one fixed tree closes the row. Part of
+// Products with bf16 weights in file order: each lane sums one value of a step, or one pair, and a fixed tree closes the row. Part of
 // kernels-inl.h.
 #pragma once
 

@@ -103,11 +103,16 @@ const char* isa_name(Isa isa) {
 
 bool isa_supported(Isa isa) { return isa == Isa::scalar || (isa == Isa::avx512 ? cpu().avx512 : cpu().avx2); }
 
-bool has_avx_vnni() { return cpu().avx_vnni && allowed("GEMMA_NATIVE_AVX_VNNI"); }
+bool has_avx_vnni() {
+  static const bool has = cpu().avx_vnni && allowed("GEMMA_NATIVE_AVX_VNNI");
+  return has;
+}
 
 bool has_avx512_bf16() {
-  const bool there = chosen_isa() == Isa::avx512_emulated || (chosen_isa() == Isa::avx512 && cpu().avx512_bf16);
-  return there && allowed("GEMMA_NATIVE_AVX512_BF16");
+  const Isa isa = chosen_isa();
+  static const bool has =
+      (isa == Isa::avx512_emulated || (isa == Isa::avx512 && cpu().avx512_bf16)) && allowed("GEMMA_NATIVE_AVX512_BF16");
+  return has;
 }
 
 Isa chosen_isa() {

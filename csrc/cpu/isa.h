@@ -7,6 +7,7 @@ enum class Isa { scalar, avx2, avx512, avx512_emulated };  // the last for tests
 
 const char* isa_name(Isa isa);
 bool isa_supported(Isa isa);
+// Read once, like the level.
 bool has_avx_vnni();     // vpdpbusd on 256 bits, used inside the avx2 level
 bool has_avx512_bf16();  // vdpbf16ps, used inside the avx512 level where that is the chosen one
 

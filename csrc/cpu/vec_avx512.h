@@ -192,14 +192,15 @@ struct V {
         x[i + 2 * j + 1] = _mm512_unpackhi_epi64(y[i + j], y[i + j + 2]);
       }
     // Group g of x[4 i + j] now is word 4 g + j of rows 4 i to 4 i + 3.
-    for (int j = 0; j < 4; ++j)
-      for (int odd = 0; odd < 2; ++odd) {
-        const I low = odd ? _mm512_shuffle_i32x4(x[j], x[j + 4], 0xdd) : _mm512_shuffle_i32x4(x[j], x[j + 4], 0x88);
-        const I high =
-            odd ? _mm512_shuffle_i32x4(x[j + 8], x[j + 12], 0xdd) : _mm512_shuffle_i32x4(x[j + 8], x[j + 12], 0x88);
-        c[j + 4 * odd] = _mm512_shuffle_i32x4(low, high, 0x88);
-        c[j + 4 * odd + 8] = _mm512_shuffle_i32x4(low, high, 0xdd);
-      }
+    for (int j = 0; j < 4; ++j) {
+      const I even0 = _mm512_shuffle_i32x4(x[j], x[j + 4], 0x88),
+              even1 = _mm512_shuffle_i32x4(x[j + 8], x[j + 12], 0x88);
+      const I odd0 = _mm512_shuffle_i32x4(x[j], x[j + 4], 0xdd), odd1 = _mm512_shuffle_i32x4(x[j + 8], x[j + 12], 0xdd);
+      c[j] = _mm512_shuffle_i32x4(even0, even1, 0x88);
+      c[j + 4] = _mm512_shuffle_i32x4(odd0, odd1, 0x88);
+      c[j + 8] = _mm512_shuffle_i32x4(even0, even1, 0xdd);
+      c[j + 12] = _mm512_shuffle_i32x4(odd0, odd1, 0xdd);
+    }
   }
   using Part = I;
   template <int>
