@@ -79,6 +79,40 @@ def test_quantized_product(name: str, m: int, fine: bool) -> None:
         assert (np.abs(y - x.astype(np.float64) @ w.T) <= bound + 0.51 * step @ np.abs(w).T).all()
 
 
+# Where a block's quants lie, high bits included.
+QUANTS = {
+    "Q8_0": slice(2, 34),
+    "Q4_0": slice(2, 18),
+    "Q4_1": slice(4, 20),
+    "Q5_0": slice(2, 22),
+    "Q5_1": slice(4, 24),
+    "Q4_K": slice(16, 144),
+    "Q5_K": slice(16, 176),
+    "Q6_K": slice(0, 192),
+}
+
+
+@pytest.mark.parametrize("fine", [False, True])
+@pytest.mark.parametrize("name", BLOCK)
+def test_largest_sums_fit(name: str, fine: bool) -> None:
+    """Weights and activations at the ends of their ranges, where 16-bit sums come nearest to overflowing."""
+    rng = np.random.default_rng(9)
+    rows, k = 40, 256
+    size = SIZES[name][1]
+    raw = np.frombuffer(random_blocks(name, rows, k, rng), np.uint8).reshape(rows, -1, size).copy()
+    ends = [0x7F, 0x81] if name == "Q8_0" else [0xFF, 0x00]
+    raw[:, :, QUANTS[name]] = rng.choice(ends, (rows, 1, 1))
+    raw[-8:, :, QUANTS[name]] = rng.choice(ends, raw[-8:, :, QUANTS[name]].shape)
+    data = raw.tobytes()
+    w = dequantize(name, data, rows, k).astype(np.float64)
+    x = np.concatenate([np.ones((8, k)), -np.ones((8, k)), rng.choice([-1, 1], (48, k))]).astype(np.float32)
+    y = T.product(name, data, rows, k, x, fine=fine)
+    bound = (k // 16 + 8) * 2 * EPS * (np.abs(x) @ (np.abs(w) + np.abs(w).max()).T)
+    assert (np.abs(y - quantized_activations(x, 32) @ w.T) <= bound).all()
+    for i in (0, 8, 63):
+        assert T.product(name, data, rows, k, x[i : i + 1], fine=fine).tobytes() == y[i].tobytes()
+
+
 @pytest.mark.parametrize("m", [1, 2, 5, 6, 7, 13, 49, 100])
 def test_bf16_product(m: int) -> None:
     rng = np.random.default_rng(m)
@@ -93,8 +127,9 @@ def test_bf16_product(m: int) -> None:
         assert (np.abs(y - x.astype(np.float64) @ w.T) <= bound).all()
 
 
+@pytest.mark.parametrize("fine", [False, True])
 @pytest.mark.parametrize("name", [*BLOCK, "BF16"])
-def test_product_bits_do_not_depend_on_company_or_threads(name: str) -> None:
+def test_product_bits_do_not_depend_on_company_or_threads(name: str, fine: bool) -> None:
     rng = np.random.default_rng(7)
     rows, k, m = 100, 768, 150
     if name == "BF16":
@@ -102,13 +137,15 @@ def test_product_bits_do_not_depend_on_company_or_threads(name: str) -> None:
     else:
         data = random_blocks(name, rows, k, rng)
     x = rng.standard_normal((m, k)).astype(np.float32)
-    together = T.product(name, data, rows, k, x, threads=1)
+
+    def product(first: int, end: int, threads: int = 2) -> bytes:
+        return T.product(name, data, rows, k, x[first:end], threads=threads, fine=fine).tobytes()
+
+    together, row = product(0, m, threads=1), 4 * rows
     for threads in (2, 3):
-        assert T.product(name, data, rows, k, x, threads=threads).tobytes() == together.tobytes()
-    for i in (0, 1, 63, 64, 149):
-        assert T.product(name, data, rows, k, x[i : i + 1]).tobytes() == together[i].tobytes()
-    for a, b in ((3, 5), (60, 70), (7, 20)):
-        assert T.product(name, data, rows, k, x[a:b]).tobytes() == together[a:b].tobytes()
+        assert product(0, m, threads) == together
+    for a, b in ((0, 1), (1, 2), (63, 64), (64, 65), (149, 150), (3, 5), (7, 20), (40, 63), (60, 85)):
+        assert product(a, b) == together[a * row : b * row]
 
 
 @pytest.mark.parametrize(("rows", "k"), [(1, 1), (3, 17), (15, 32), (17, 333), (33, 2047), (40, 2049), (16, 4130)])

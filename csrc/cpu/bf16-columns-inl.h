@@ -76,7 +76,7 @@ inline void column_tile(const uint32_t* w, const V::Column* x, int64_t steps, bo
   for (int m = 0; m < M; ++m)
     for (int v = 0; v < 2; ++v) a[m][v] = start ? V::zero() : V::load(sum + m * kPasses * kGroup + v * W);
   // Else a sixth of the instructions are the loop's own, and whoever shares the core slows all of them down.
-  GEMMA_UNROLL_TWICE
+  GEMMA_UNROLL(2)
   for (const uint32_t* end = w + steps * W; w != end; w += W, x += M) {
     const V::Part w0 = V::part<PART>(w), w1 = V::part<PART>(w + steps * W);
     for (int m = 0; m < M; ++m) {

@@ -24,12 +24,13 @@ constexpr int kGroups = kPanel / W;  // vectors that cover a panel's 32 rows
 #define GEMMA_PREFETCH_L2(p) (void)(p)
 #define GEMMA_PREFETCH(p) (void)(p)
 #endif
+#define GEMMA_PRAGMA(x) _Pragma(#x)
 #if defined(__clang__)
-#define GEMMA_UNROLL_TWICE _Pragma("clang loop unroll_count(2)")
+#define GEMMA_UNROLL(n) GEMMA_PRAGMA(clang loop unroll_count(n))
 #elif defined(__GNUC__)
-#define GEMMA_UNROLL_TWICE _Pragma("GCC unroll 2")
+#define GEMMA_UNROLL(n) GEMMA_PRAGMA(GCC unroll n)
 #else
-#define GEMMA_UNROLL_TWICE
+#define GEMMA_UNROLL(n)
 #endif
 
 // ---- elementary functions ----------------------------------------------------------------------------------------------

@@ -11,8 +11,10 @@
 
 #if defined(__GNUC__)
 #define GEMMA_INLINE __attribute__((always_inline)) inline
+#define GEMMA_NOINLINE __attribute__((noinline))  // for loops that need all registers
 #else
 #define GEMMA_INLINE inline
+#define GEMMA_NOINLINE
 #endif
 
 namespace gemma {

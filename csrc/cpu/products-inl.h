@@ -174,8 +174,8 @@ constexpr int kHeld = W == 16 ? 2 : 1;  // groups held at once: 16 of 32 registe
 
 template <class Q, bool FINE, int G>
 struct ManyRows {
-  static void step(const uint8_t* unit, const uint8_t* tail, int j, const int8_t* q, const ActScale* s, int rows,
-                   float* tile) {
+  static GEMMA_INLINE void step(const uint8_t* unit, const uint8_t* tail, int j, const int8_t* q, const ActScale* s,
+                                int rows, float* tile) {
     ManyRows<Q, FINE, G - kHeld>::step(unit, tail, j, q, s, rows, tile);
     Block b0, b1;
     Q::template decode<G - kHeld>(unit, tail, j, b0);
@@ -196,43 +196,74 @@ struct ManyRows<Q, FINE, 0> {
   static void step(const uint8_t*, const uint8_t*, int, const int8_t*, const ActScale*, int, float*) {}
 };
 
+}  // namespace GEMMA_ISA
+}  // namespace gemma
+
+#include "l1-block-inl.h"
+
+namespace gemma {
+namespace GEMMA_ISA {
+
 // Blocks [first, first + count) of a panel.
 struct Run {
   const uint8_t* panel;
   int64_t blocks, first, count;
   bool add;
+
+  template <class Q>
+  const uint8_t* unit() const {
+    return panel + first * (Q::kUnit / Q::kUnitBlocks);
+  }
+  template <class Q>
+  const uint8_t* tail() const {
+    return panel + blocks * (Q::kUnit / Q::kUnitBlocks) + first * Q::kTail;
+  }
 };
 
 template <class Q, bool FINE>
-void panel_rows(const Run& run, const QuantActs& a, float* tile) {
+GEMMA_NOINLINE void one_row(const Run& run, const QuantActs& a, float* tile) {
   constexpr int kBlockBytes = Q::kUnit / Q::kUnitBlocks;
-  const uint8_t* unit = run.panel + run.first * kBlockBytes;
-  const uint8_t* tail = run.panel + run.blocks * kBlockBytes + run.first * Q::kTail;
+  const uint8_t *unit = run.unit<Q>(), *tail = run.tail<Q>();
   const int8_t* q = a.q;
   const ActScale* s = a.scale;
-  if (a.rows == 1) {
-    F acc[kGroups];
-    for (int g = 0; g < kGroups; ++g) acc[g] = run.add ? V::load(tile + g * W) : V::zero();
-    for (int64_t u = 0; u < run.count / Q::kUnitBlocks; ++u, unit += Q::kUnit, tail += Q::kTail)
-      for (int j = 0; j < Q::kUnitBlocks; ++j, q += kBlock, ++s) {
-        // Hardware prefetch ends with a page, and knows nothing of low halves that are left out: the next panel's blocks then.
-        constexpr int kAhead = 16 * kBlockBytes;
-        const uint8_t* ahead = unit + (Q::kLeaves ? run.blocks * (Q::kUnit + Q::kLeaves) : j * kBlockBytes + kAhead);
-        for (int p = 0; p < kBlockBytes; p += 64) GEMMA_PREFETCH(ahead + p);
-        for (int p = 0; p < Q::kTail; p += 64) GEMMA_PREFETCH(tail + 16 * Q::kTail + p);
-        OneRow<Q, FINE, kGroups>::step(unit, tail, j, q, *s, acc);
-      }
-    for (int g = 0; g < kGroups; ++g) V::store(tile + g * W, acc[g]);
-    return;
-  }
+  F acc[kGroups];
+  for (int g = 0; g < kGroups; ++g) acc[g] = run.add ? V::load(tile + g * W) : V::zero();
+  for (int64_t u = 0; u < run.count / Q::kUnitBlocks; ++u, unit += Q::kUnit, tail += Q::kTail)
+    for (int j = 0; j < Q::kUnitBlocks; ++j, q += kBlock, ++s) {
+      // Hardware prefetch ends with a page, and knows nothing of low halves that are left out: the next panel's blocks then.
+      constexpr int kAhead = 16 * kBlockBytes;
+      const uint8_t* ahead = unit + (Q::kLeaves ? run.blocks * (Q::kUnit + Q::kLeaves) : j * kBlockBytes + kAhead);
+      for (int p = 0; p < kBlockBytes; p += 64) GEMMA_PREFETCH(ahead + p);
+      for (int p = 0; p < Q::kTail; p += 64) GEMMA_PREFETCH(tail + 16 * Q::kTail + p);
+      OneRow<Q, FINE, kGroups>::step(unit, tail, j, q, *s, acc);
+    }
+  for (int g = 0; g < kGroups; ++g) V::store(tile + g * W, acc[g]);
+}
+
+template <class Q, class Rows>
+GEMMA_NOINLINE void many_rows(const Run& run, const QuantActs& a, float* tile) {
+  constexpr int kBlockBytes = Q::kUnit / Q::kUnitBlocks;
+  const uint8_t *unit = run.unit<Q>(), *tail = run.tail<Q>();
+  const int8_t* q = a.q;
+  const ActScale* s = a.scale;
+  Rows rows;
   for (int i = 0; !run.add && i < a.rows * kPanel; i += W) V::store(tile + i, V::zero());
   for (int64_t u = 0; u < run.count / Q::kUnitBlocks; ++u, unit += Q::kUnit, tail += Q::kTail)
     for (int j = 0; j < Q::kUnitBlocks; ++j, q += kBlock * a.rows, s += a.rows) {
       // With few rows the kernel would wait for memory: 16 blocks ahead keeps the reads in flight.
       for (int p = 0; p < kBlockBytes; p += 64) GEMMA_PREFETCH(unit + (j + 16) * kBlockBytes + p);
       for (int p = 0; p < Q::kTail; p += 64) GEMMA_PREFETCH(tail + 16 * Q::kTail + p);
-      ManyRows<Q, FINE, kGroups>::step(unit, tail, j, q, s, a.rows, tile);
+      rows.step(unit, tail, j, q, s, a.rows, tile);
     }
+}
+
+template <class Q, bool FINE>
+void panel_rows(const Run& run, const QuantActs& a, float* tile) {
+  using Block = L1Block<V, Q, FINE>;
+  if (a.rows == 1) return one_row<Q, FINE>(run, a, tile);
+  if constexpr (V::kL1Block && Block::kFrom <= kActChunk)
+    if (a.rows >= Block::kFrom) return many_rows<Q, Block>(run, a, tile);
+  many_rows<Q, ManyRows<Q, FINE, kGroups>>(run, a, tile);
 }
 
 template <class Q>

@@ -167,6 +167,35 @@ struct V {
 #endif
   }
 
+  // Products by l1-block-inl.h, where that is quicker than `dot`.
+#if defined(GEMMA_AVX_VNNI)
+  static constexpr bool kL1Block = false;
+#else
+  static constexpr bool kL1Block = true;
+#endif
+  static B add8(B a, B b) { return _mm256_add_epi8(a, b); }
+  static B sub8(B a, int b) { return _mm256_sub_epi8(a, _mm256_set1_epi8(static_cast<char>(b))); }
+  static B even16(B x) { return _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8); }  // signed bytes 0, 2, ... in 16 bits
+  static B odd16(B x) { return _mm256_srai_epi16(x, 8); }
+  static I dot_words(B a, B w) { return _mm256_madd_epi16(a, w); }  // pairs of 16-bit values
+  static I dot_bytes(B a, B w) {
+    return _mm256_maddubs_epi16(a, w);
+  }  // pairs of bytes, to 16 bits; a unsigned, w signed
+  static I set16(int x) { return _mm256_set1_epi16(static_cast<int16_t>(x)); }
+  static I add16(I a, I b) { return _mm256_add_epi16(a, b); }
+  static I join16(I a) { return _mm256_madd_epi16(a, _mm256_set1_epi16(1)); }
+  template <int BY>  // BY times the sum of 4 unsigned bytes
+  static I sum4(B x) {
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(x, _mm256_set1_epi8(1)), _mm256_set1_epi16(BY));
+  }
+  // Keeps the compiler from making all products before it adds any, for which there are not enough registers.
+  static I in_order(I x) {
+#if defined(__GNUC__)
+    __asm__("" : "+x"(x));
+#endif
+    return x;
+  }
+
   // bf16 products, few rows: 16 values along K at a time, activations in float32 with even elements before odd ones. A row of weights is
   // widened in registers.
   static constexpr int kBf16Few = 3;  // rows of activations

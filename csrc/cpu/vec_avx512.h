@@ -138,6 +138,8 @@ struct V {
     return _mm512_add_epi32(x, y);
   }
 
+  static constexpr bool kL1Block = false;  // no products by l1-block-inl.h
+
   // bf16 products, few rows: 32 values along K at a time, activations rounded to bf16.
   static constexpr int kBf16Few = 6;  // rows of activations
   static constexpr int kBf16Step = 32, kBf16Halves = 1;

@@ -236,6 +236,8 @@ struct V {
     return x;
   }
 
+  static constexpr bool kL1Block = false;  // no products by l1-block-inl.h
+
   // bf16 products, few rows: 16 values along K at a time, activations in float32.
   static constexpr int kBf16Few = 2;  // rows of activations
   static constexpr int kBf16Step = 16, kBf16Halves = 1;
