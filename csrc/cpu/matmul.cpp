@@ -134,7 +134,10 @@ void group_product(const Kernels& kernels, const Activations& x, const Panel* pa
                    bool again, float* tiles) {
   static thread_local Memory scratch;
   const size_t room = bf16_scratch(x.blocks() * kBlock);
-  if (x.bf16() && x.n > 1) scratch.grow(std::max<size_t>(1u << 20, count * room));
+  if (x.bf16() && x.n > 1) {
+    scratch.grow(1u << 20);  // enough for a huge page
+    scratch.grow(x.n > kActChunk ? count * room : room);
+  }
   for (int p = 0; p < count; ++p) {
     const CpuMatrix& w = *panels[p].w;
     if (encoding(w.type).quantized) continue;

@@ -10,6 +10,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace gemma {
 
@@ -29,7 +32,18 @@ class Memory {
 
   // At least so many bytes. What was there is lost if they are more than before. Throws std::bad_alloc.
   void grow(size_t bytes) {
-    if (bytes <= size_) return;
+    if (bytes > size_) allocate(bytes);
+#if defined(__SANITIZE_ADDRESS__)
+    // What lies behind is there, but was not asked for.
+    ASAN_UNPOISON_MEMORY_REGION(data_, bytes);
+    ASAN_POISON_MEMORY_REGION(data_ + bytes, size_ - bytes);
+#endif
+  }
+
+ private:
+  static constexpr size_t kHuge = 2u << 20;
+
+  void allocate(size_t bytes) {
     release();
     const size_t page = bytes >= kHuge / 2 ? kHuge : 64;
     bytes = (bytes + page - 1) / page * page;
@@ -44,9 +58,6 @@ class Memory {
     if (page == kHuge) madvise(data_, bytes, MADV_HUGEPAGE);
 #endif
   }
-
- private:
-  static constexpr size_t kHuge = 2u << 20;
 
   void release() {
 #if defined(_MSC_VER)
