@@ -118,6 +118,7 @@ def describe(source: str, *, device: str, weights: str, kv: str, threads: int | 
         "device": device,
         "cuda": cuda or "usable",
         "isa": _native.isa(),
+        "bf16_instructions": _native.bf16_instructions(),
         "isa_levels": _native.isa_levels(),
         "threads": threads or _native.default_threads(),
     }
@@ -281,10 +282,8 @@ def bench(
 
     bandwidth = statistics.median(bandwidths) if bandwidths else None
     peak_of = {name: statistics.median([p[name] for p in peaks]) for name in peaks[0]} if peaks else {}
-    if model.device != "cpu":
-        kind = "bf16"  # what every product on tensor cores is
-    else:
-        kind = "int8" if quantised else ("bf16" if _native.bf16_instructions() else "f32")
+    # Every product on tensor cores is one of bf16; on a CPU without bf16 instructions its peak is that of the multiply-adds instead.
+    kind = "int8" if model.device == "cpu" and quantised else "bf16"
     peak = peak_of.get(kind)
     results = []
     for (what, n, batch), seconds in times.items():
