@@ -14,12 +14,14 @@ template <class Vec, class Q, bool FINE>
 struct L1Block {
   static constexpr bool kWide = Q::kBits == 8;
   static constexpr int kHalves = kWide ? 2 : 1, kParts = FINE || Q::kSubs == 2 ? 2 : 1, kSteps = 8 / kParts;
-  // A 16-bit lane adds two products a step. Sums of weights from -kOffset to kOffset - 1 have a sign, those of others start at -32768.
+  // A 16-bit lane adds two products a step. Weights from -kOffset to kOffset - 1 make sums of either sign; those of others are positive,
+  // and start at -32768 where they need the room.
   static constexpr int kMost = Q::kOffset ? Q::kOffset : (1 << Q::kBits) - 1;
   static constexpr int kFit = kWide ? kSteps : (Q::kOffset ? 32767 : 65535) / (2 * 255 * kMost);
   static constexpr int kChain = kFit < kSteps ? kFit : kSteps;
+  static_assert(kSteps % kChain == 0, "whole chains");
   static constexpr int kStart = 2 * 255 * kMost * kChain > 32767 ? -32768 : 0;
-  // From as many rows on it is quicker than ManyRows; never where sums without a sign fill 16 bits within a block.
+  // From as many rows on it is quicker than ManyRows; with positive sums only where one chain covers the block.
   static constexpr int kFrom = kWide ? 24 : Q::kOffset ? 8 : kChain == 8 ? 16 : kActChunk + 1;
 
   B w[kHalves][8][kGroups], q[kActChunk][kHalves];
@@ -99,7 +101,7 @@ struct L1Block {
             float* tile) {
     decode<kGroups - 1>(unit, tail, j);
     for (int i = 0; i < rows; ++i) {
-      const B x = V::load_i(acts + i * kBlock);
+      const B x = V::load_b(reinterpret_cast<const uint8_t*>(acts + i * kBlock));
       q[i][0] = kWide ? Vec::even16(x) : Vec::sub8(x, -128);
       if (kWide) q[i][kHalves - 1] = Vec::odd16(x);
     }

@@ -177,10 +177,9 @@ struct V {
   static B sub8(B a, int b) { return _mm256_sub_epi8(a, _mm256_set1_epi8(static_cast<char>(b))); }
   static B even16(B x) { return _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8); }  // signed bytes 0, 2, ... in 16 bits
   static B odd16(B x) { return _mm256_srai_epi16(x, 8); }
-  static I dot_words(B a, B w) { return _mm256_madd_epi16(a, w); }  // pairs of 16-bit values
-  static I dot_bytes(B a, B w) {
-    return _mm256_maddubs_epi16(a, w);
-  }  // pairs of bytes, to 16 bits; a unsigned, w signed
+  // Pairs of 16-bit values to 32 bits; pairs of bytes, a without and w with a sign, to 16.
+  static I dot_words(B a, B w) { return _mm256_madd_epi16(a, w); }
+  static I dot_bytes(B a, B w) { return _mm256_maddubs_epi16(a, w); }
   static I set16(int x) { return _mm256_set1_epi16(static_cast<int16_t>(x)); }
   static I add16(I a, I b) { return _mm256_add_epi16(a, b); }
   static I join16(I a) { return _mm256_madd_epi16(a, _mm256_set1_epi16(1)); }

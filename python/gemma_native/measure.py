@@ -282,7 +282,7 @@ def bench(
 
     bandwidth = statistics.median(bandwidths) if bandwidths else None
     peak_of = {name: statistics.median([p[name] for p in peaks]) for name in peaks[0]} if peaks else {}
-    # Every product on tensor cores is one of bf16; on a CPU without bf16 instructions its peak is that of the multiply-adds instead.
+    # Tensor cores multiply bf16; a CPU without bf16 instructions probes what stands in for them.
     kind = "int8" if model.device == "cpu" and quantised else "bf16"
     peak = peak_of.get(kind)
     results = []
