@@ -11,7 +11,7 @@
 
 #if defined(__GNUC__)
 #define GEMMA_INLINE __attribute__((always_inline)) inline
-#define GEMMA_NOINLINE __attribute__((noinline))  // for loops that need all registers
+#define GEMMA_NOINLINE __attribute__((noinline))
 #else
 #define GEMMA_INLINE inline
 #define GEMMA_NOINLINE

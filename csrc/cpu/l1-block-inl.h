@@ -11,7 +11,7 @@ namespace gemma {
 namespace GEMMA_ISA {
 
 template <class Vec, class Q, bool FINE>
-struct L1Block {
+struct L1Block : SumsInTile {
   static constexpr bool kWide = Q::kBits == 8;
   static constexpr int kHalves = kWide ? 2 : 1, kParts = FINE || Q::kSubs == 2 ? 2 : 1, kSteps = 8 / kParts;
   // A 16-bit lane adds two products a step. Weights from -kOffset to kOffset - 1 make sums of either sign; those of others are positive,
@@ -52,14 +52,16 @@ struct L1Block {
   // sum = part p of the block times a row of activations
   GEMMA_INLINE void dot_words(int p, const int8_t* a, I* sum) const {
     GEMMA_UNROLL(2)
-    for (int half = 0; half < kHalves; ++half) GEMMA_UNROLL(8)
-    for (int i = 0; i < kSteps; ++i) {
-      const int at = p * kSteps + i;
-      const B x = Vec::bytes4(a + half * kBlock + 4 * at);
-      GEMMA_UNROLL(4)
-      for (int g = 0; g < kGroups; ++g) {
-        const I y = Vec::dot_words(x, w[half][at][g]);
-        sum[g] = half == 0 && i == 0 ? y : Vec::in_order(V::add_i(sum[g], y));
+    for (int half = 0; half < kHalves; ++half) {
+      GEMMA_UNROLL(8)
+      for (int i = 0; i < kSteps; ++i) {
+        const int at = p * kSteps + i;
+        const B x = Vec::bytes4(a + half * kBlock + 4 * at);
+        GEMMA_UNROLL(4)
+        for (int g = 0; g < kGroups; ++g) {
+          const I y = Vec::dot_words(x, w[half][at][g]);
+          sum[g] = half == 0 && i == 0 ? y : Vec::in_order(V::add_i(sum[g], y));
+        }
       }
     }
   }

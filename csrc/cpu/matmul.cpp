@@ -133,17 +133,17 @@ constexpr int64_t kManyRows = 16;  // fewer rows wait for memory, and each panel
 void group_product(const Kernels& kernels, const Activations& x, const Panel* panels, int count, int64_t m0, int m,
                    bool again, float* tiles) {
   static thread_local Memory scratch;
-  const size_t room = bf16_scratch(x.blocks() * kBlock);
+  // A single chunk leaves nothing in the scratch for a later call, so its panels share one that stays in the cache.
+  const size_t room = bf16_scratch(x.blocks() * kBlock), apart = x.n > kActChunk ? room : 0;
   if (x.bf16() && x.n > 1) {
     scratch.grow(1u << 20);  // enough for a huge page
-    scratch.grow(x.n > kActChunk ? count * room : room);
+    scratch.grow((count - 1) * apart + room);
   }
   for (int p = 0; p < count; ++p) {
     const CpuMatrix& w = *panels[p].w;
     if (encoding(w.type).quantized) continue;
-    // A single chunk leaves nothing in the scratch for a later call, so its panels share one that stays in the cache.
     kernels.bf16(reinterpret_cast<const uint16_t*>(panels[p].data()), w.cols, panels[p].rows(), w.cols, x.packed(), m0,
-                 m, x.n, scratch.data() + (x.n > kActChunk ? p * room : 0), again, tiles + p * kTile, kPanel);
+                 m, x.n, scratch.data() + p * apart, again, tiles + p * kTile, kPanel);
   }
   const int64_t step = count > 1 ? kGroupBlocks : x.blocks();
   for (int64_t from = 0; from < x.blocks(); from += step)

@@ -153,30 +153,46 @@ GEMMA_INLINE F block_dot(const Block& b, const int8_t* q, const ActScale& s, F a
   return acc;
 }
 
+// What meets the blocks of a panel one after another: start, a step for each, finish.
+
 // One activation row: sums stay in registers and the panel is read once, in order.
-template <class Q, bool FINE, int G>
+template <class Q, bool FINE>
 struct OneRow {
-  static GEMMA_INLINE void step(const uint8_t* unit, const uint8_t* tail, int j, const int8_t* q, const ActScale& s,
-                                F* acc) {
-    OneRow<Q, FINE, G - 1>::step(unit, tail, j, q, s, acc);
+  F acc[kGroups];
+
+  GEMMA_INLINE void start(bool add, int, float* tile) {
+    for (int g = 0; g < kGroups; ++g) acc[g] = add ? V::load(tile + g * W) : V::zero();
+  }
+  template <int G = kGroups>
+  GEMMA_INLINE void step(const uint8_t* unit, const uint8_t* tail, int j, const int8_t* q, const ActScale* s, int rows,
+                         float* tile) {
+    if constexpr (G > 1) step<G - 1>(unit, tail, j, q, s, rows, tile);
     Block b;
     Q::template decode<G - 1>(unit, tail, j, b);
-    acc[G - 1] = block_dot<Q, FINE>(b, q, s, acc[G - 1]);
+    acc[G - 1] = block_dot<Q, FINE>(b, q, *s, acc[G - 1]);
+  }
+  GEMMA_INLINE void finish(float* tile) const {
+    for (int g = 0; g < kGroups; ++g) V::store(tile + g * W, acc[g]);
   }
 };
-template <class Q, bool FINE>
-struct OneRow<Q, FINE, 0> {
-  static GEMMA_INLINE void step(const uint8_t*, const uint8_t*, int, const int8_t*, const ActScale&, F*) {}
+
+// Sums that lie in the tile, in L1.
+struct SumsInTile {
+  GEMMA_INLINE void start(bool add, int rows, float* tile) {
+    for (int i = 0; !add && i < rows * kPanel; i += W) V::store(tile + i, V::zero());
+  }
+  GEMMA_INLINE void finish(float*) const {}
 };
 
-// Several rows: a block of weights stays in registers while all activation rows stream past it; sums lie in the L1 tile.
+// Several rows: a block of weights stays in registers while all activation rows stream past it.
 constexpr int kHeld = W == 16 ? 2 : 1;  // groups held at once: 16 of 32 registers, or 8 of 16
 
-template <class Q, bool FINE, int G>
-struct ManyRows {
-  static GEMMA_INLINE void step(const uint8_t* unit, const uint8_t* tail, int j, const int8_t* q, const ActScale* s,
-                                int rows, float* tile) {
-    ManyRows<Q, FINE, G - kHeld>::step(unit, tail, j, q, s, rows, tile);
+template <class Q, bool FINE>
+struct ManyRows : SumsInTile {
+  template <int G = kGroups>
+  GEMMA_INLINE void step(const uint8_t* unit, const uint8_t* tail, int j, const int8_t* q, const ActScale* s, int rows,
+                         float* tile) {
+    if constexpr (G > kHeld) step<G - kHeld>(unit, tail, j, q, s, rows, tile);
     Block b0, b1;
     Q::template decode<G - kHeld>(unit, tail, j, b0);
     if (kHeld == 2) Q::template decode<G - 1>(unit, tail, j, b1);
@@ -190,10 +206,6 @@ struct ManyRows {
       if (kHeld == 2) V::store(t + W, y);
     }
   }
-};
-template <class Q, bool FINE>
-struct ManyRows<Q, FINE, 0> {
-  static void step(const uint8_t*, const uint8_t*, int, const int8_t*, const ActScale*, int, float*) {}
 };
 
 }  // namespace GEMMA_ISA
@@ -209,61 +221,37 @@ struct Run {
   const uint8_t* panel;
   int64_t blocks, first, count;
   bool add;
-
-  template <class Q>
-  const uint8_t* unit() const {
-    return panel + first * (Q::kUnit / Q::kUnitBlocks);
-  }
-  template <class Q>
-  const uint8_t* tail() const {
-    return panel + blocks * (Q::kUnit / Q::kUnitBlocks) + first * Q::kTail;
-  }
 };
 
-template <class Q, bool FINE>
-GEMMA_NOINLINE void one_row(const Run& run, const QuantActs& a, float* tile) {
-  constexpr int kBlockBytes = Q::kUnit / Q::kUnitBlocks;
-  const uint8_t *unit = run.unit<Q>(), *tail = run.tail<Q>();
-  const int8_t* q = a.q;
-  const ActScale* s = a.scale;
-  F acc[kGroups];
-  for (int g = 0; g < kGroups; ++g) acc[g] = run.add ? V::load(tile + g * W) : V::zero();
-  for (int64_t u = 0; u < run.count / Q::kUnitBlocks; ++u, unit += Q::kUnit, tail += Q::kTail)
-    for (int j = 0; j < Q::kUnitBlocks; ++j, q += kBlock, ++s) {
-      // Hardware prefetch ends with a page, and knows nothing of low halves that are left out: the next panel's blocks then.
-      constexpr int kAhead = 16 * kBlockBytes;
-      const uint8_t* ahead = unit + (Q::kLeaves ? run.blocks * (Q::kUnit + Q::kLeaves) : j * kBlockBytes + kAhead);
-      for (int p = 0; p < kBlockBytes; p += 64) GEMMA_PREFETCH(ahead + p);
-      for (int p = 0; p < Q::kTail; p += 64) GEMMA_PREFETCH(tail + 16 * Q::kTail + p);
-      OneRow<Q, FINE, kGroups>::step(unit, tail, j, q, *s, acc);
-    }
-  for (int g = 0; g < kGroups; ++g) V::store(tile + g * W, acc[g]);
-}
-
+// A function for each kind of rows, since each wants all registers.
 template <class Q, class Rows>
-GEMMA_NOINLINE void many_rows(const Run& run, const QuantActs& a, float* tile) {
-  constexpr int kBlockBytes = Q::kUnit / Q::kUnitBlocks;
-  const uint8_t *unit = run.unit<Q>(), *tail = run.tail<Q>();
+GEMMA_NOINLINE void walk(const Run& run, const QuantActs& a, float* tile) {
+  constexpr int kBlockBytes = Q::kUnit / Q::kUnitBlocks, kAhead = 16;
+  const uint8_t* unit = run.panel + run.first * kBlockBytes;
+  const uint8_t* tail = run.panel + run.blocks * kBlockBytes + run.first * Q::kTail;
   const int8_t* q = a.q;
   const ActScale* s = a.scale;
   Rows rows;
-  for (int i = 0; !run.add && i < a.rows * kPanel; i += W) V::store(tile + i, V::zero());
+  rows.start(run.add, a.rows, tile);
   for (int64_t u = 0; u < run.count / Q::kUnitBlocks; ++u, unit += Q::kUnit, tail += Q::kTail)
     for (int j = 0; j < Q::kUnitBlocks; ++j, q += kBlock * a.rows, s += a.rows) {
-      // With few rows the kernel would wait for memory: 16 blocks ahead keeps the reads in flight.
-      for (int p = 0; p < kBlockBytes; p += 64) GEMMA_PREFETCH(unit + (j + 16) * kBlockBytes + p);
-      for (int p = 0; p < Q::kTail; p += 64) GEMMA_PREFETCH(tail + 16 * Q::kTail + p);
+      // Hardware prefetch ends with a page, which one row would wait for and a few all the more. It knows nothing of low halves that
+      // are left out: the next panel's blocks then.
+      const uint8_t* ahead = unit + (Q::kLeaves ? run.blocks * (Q::kUnit + Q::kLeaves) : (j + kAhead) * kBlockBytes);
+      for (int p = 0; p < kBlockBytes; p += 64) GEMMA_PREFETCH(ahead + p);
+      for (int p = 0; p < Q::kTail; p += 64) GEMMA_PREFETCH(tail + kAhead * Q::kTail + p);
       rows.step(unit, tail, j, q, s, a.rows, tile);
     }
+  rows.finish(tile);
 }
 
 template <class Q, bool FINE>
 void panel_rows(const Run& run, const QuantActs& a, float* tile) {
   using Block = L1Block<V, Q, FINE>;
-  if (a.rows == 1) return one_row<Q, FINE>(run, a, tile);
+  if (a.rows == 1) return walk<Q, OneRow<Q, FINE>>(run, a, tile);
   if constexpr (V::kL1Block && Block::kFrom <= kActChunk)
-    if (a.rows >= Block::kFrom) return many_rows<Q, Block>(run, a, tile);
-  many_rows<Q, ManyRows<Q, FINE, kGroups>>(run, a, tile);
+    if (a.rows >= Block::kFrom) return walk<Q, Block>(run, a, tile);
+  walk<Q, ManyRows<Q, FINE>>(run, a, tile);
 }
 
 template <class Q>
