@@ -359,34 +359,52 @@ py::array_t<float> test_product(const std::string& type, const py::buffer& data,
   return y;
 }
 
-// The panels of a Q8_0 head that HeadScan leaves for the k best products with x[m, cols].
-std::vector<int64_t> test_reachable(const py::buffer& data, int64_t rows, int64_t cols, const FloatArray& x, int64_t k,
-                                    float softcap, bool fine, const std::vector<int32_t>& also) {
+// scan(pool, activations, matrix) for a Q8_0 head and x[m, cols]
+template <class Scan>
+auto with_head(const py::buffer& data, int64_t rows, int64_t cols, const FloatArray& x, bool fine, Scan scan) {
   py::buffer_info view = data.request();
-  const HostTensor t = tensor_of("reachable", py::make_tuple("Q8_0", py::make_tuple(rows, cols), data), view);
+  const HostTensor t = tensor_of("head", py::make_tuple("Q8_0", py::make_tuple(rows, cols), data), view);
   GEMMA_CHECK(x.ndim() == 2 && x.shape(1) == cols, "x must be [m, ", cols, "]");
   ThreadPool pool(2);
   const auto w = load_cpu_matrix(pool, t, t.type, {});
   w->fine = fine;
   Activations acts;
   acts.prepare(kernels(), pool, {w.get()}, x.shape(0), cols, [&](int64_t i, float*) { return x.data() + i * cols; });
-  return HeadScan().reachable(kernels(), pool, acts, *w, k, also, softcap);
+  return scan(pool, acts, *w);
+}
+
+// The panels that HeadScan leaves for the k best products.
+std::vector<int64_t> test_reachable(const py::buffer& data, int64_t rows, int64_t cols, const FloatArray& x, int64_t k,
+                                    float softcap, bool fine, const std::vector<int32_t>& also) {
+  return with_head(data, rows, cols, x, fine, [&](ThreadPool& pool, const Activations& acts, const CpuMatrix& w) {
+    return HeadScan().reachable(kernels(), pool, acts, w, k, also, softcap);
+  });
+}
+
+// Lower and upper bounds, [m][panels]; apart: bits of each panel's rows that do not count.
+std::pair<std::vector<float>, std::vector<float>> test_bounds(const py::buffer& data, int64_t rows, int64_t cols,
+                                                              const FloatArray& x, bool fine,
+                                                              const std::vector<uint32_t>& apart) {
+  GEMMA_CHECK(static_cast<int64_t>(apart.size()) == (rows + kPanel - 1) / kPanel, "apart must have an entry a panel");
+  return with_head(data, rows, cols, x, fine, [&](ThreadPool& pool, const Activations& acts, const CpuMatrix& w) {
+    HeadBounds bounds = head_bounds(kernels(), pool, acts, w, apart);
+    return std::make_pair(std::move(bounds.low), std::move(bounds.high));
+  });
 }
 
 py::bytes test_tile(const std::string& type, const py::bytes& data, int64_t rows, int64_t cols, bool back) {
   const DType t = dtype_of("tile", type);
   const std::string in = data;
-  const size_t row = row_bytes(t, cols), panel = panel_bytes(t, cols);
+  const size_t row = row_bytes(t, cols);
   GEMMA_CHECK(in.size() == (back ? tiled_bytes(t, rows, cols) : row * rows), "wrong number of bytes");
   std::string out(back ? row * rows : tiled_bytes(t, rows, cols), '\0');
   const auto* src = reinterpret_cast<const uint8_t*>(in.data());
   auto* dst = reinterpret_cast<uint8_t*>(&out[0]);
   for (int64_t r = 0; r < rows; r += back ? 1 : kPanel) {
     if (back)
-      untile_row(t, src + r / kPanel * panel, static_cast<int>(r % kPanel), cols, dst + r * row);
+      untile_row(t, src, rows, cols, r, dst + r * row);
     else
-      tile_panel(t, src + r * row, row, static_cast<int>(std::min<int64_t>(kPanel, rows - r)), cols,
-                 dst + r / kPanel * panel);
+      tile_panel(t, src + r * row, row, rows, cols, r / kPanel, dst);
   }
   return out;
 }
@@ -410,8 +428,7 @@ py::array_t<float> dequantize_reference(const std::string& type, const py::buffe
   py::array_t<float> out({rows, cols});
   for (int64_t r = 0; r < rows; ++r) {
     if (t.tiled)
-      decode_tiled_row(t.type, t.data + r / kPanel * panel_bytes(t.type, cols), static_cast<int>(r % kPanel), cols,
-                       out.mutable_data() + r * cols);
+      decode_tiled_row(t.type, t.data, rows, cols, r, out.mutable_data() + r * cols);
     else
       decode_row(t.type, t.data + r * row_bytes(t.type, cols), cols, out.mutable_data() + r * cols);
   }
@@ -454,6 +471,8 @@ void add_testing(py::module_& m) {
         py::arg("threads") = 1, py::arg("fine") = false);
   t.def("reachable", test_reachable, py::arg("data"), py::arg("rows"), py::arg("cols"), py::arg("x"), py::arg("k"),
         py::arg("softcap") = 0.0f, py::arg("fine") = false, py::arg("also") = std::vector<int32_t>());
+  t.def("head_bounds", test_bounds, py::arg("data"), py::arg("rows"), py::arg("cols"), py::arg("x"), py::arg("fine"),
+        py::arg("apart"));
   t.def("tile",
         [](const std::string& n, const py::bytes& d, int64_t r, int64_t c) { return test_tile(n, d, r, c, false); });
   t.def("untile",

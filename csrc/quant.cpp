@@ -222,39 +222,38 @@ void read_planes(int bits, const uint8_t* planes, int r, uint32_t* w) {
     for (int i = 0; i < 8; ++i) w[i] |= (load32(high + i / 4 * 128 + r * 4) >> 2 * (i % 4) & kPairs) << 4;
 }
 
-// A panel's units: where each begins, and its planes, whatever lies between.
+// A panel's units: where each begins in the matrix, and its planes, whatever lies between.
 struct Units {
-  Units(DType t, int64_t k) : type(t), e(encoding(t)), l(layout(t)), stride(e.unit_bytes - e.tail_bytes) {
-    count = (k + e.block - 1) / e.block;
-  }
-  int64_t at(int64_t u) const { return u * stride; }
-  int64_t planes(int64_t u, int j) const { return at(u) + l.unit_planes + j * l.planes_stride; }
-  int64_t tail(int64_t u) const { return count * stride + u * e.tail_bytes; }
+  Units(DType t, int64_t rows, int64_t k, int64_t panel)
+      : e(encoding(t)), l(layout(t)), first(panel_at(t, rows, k, panel)), count((k + e.block - 1) / e.block) {}
+  size_t at(int64_t u) const { return first.units + static_cast<size_t>(u * (e.unit_bytes - e.low_bytes)); }
+  size_t planes(int64_t u, int j) const { return at(u) + static_cast<size_t>(l.unit_planes + j * l.planes_stride); }
+  size_t low_halves(int64_t u) const { return first.low + static_cast<size_t>(u * e.low_bytes); }
 
-  void write(uint8_t* panel, int64_t u, int j, const uint32_t (*w)[8]) const {
-    if (l.bits != 8) return write_planes(l.bits, panel + planes(u, j), w);
+  void write(uint8_t* matrix, int64_t u, int j, const uint32_t (*w)[8]) const {
+    if (l.bits != 8) return write_planes(l.bits, matrix + planes(u, j), w);
     uint32_t high[kPanel][8], low[kPanel][8];
     for (int r = 0; r < kPanel; ++r)
       for (int i = 0; i < 8; ++i) {
         high[r][i] = w[r][i] >> 4 & kLow;
         low[r][i] = w[r][i] & kLow;
       }
-    write_planes(4, panel + planes(u, j), high);
-    write_planes(4, panel + tail(u), low);
+    write_planes(4, matrix + planes(u, j), high);
+    write_planes(4, matrix + low_halves(u), low);
   }
 
-  void read(const uint8_t* panel, int64_t u, int j, int r, uint32_t* w) const {
-    if (l.bits != 8) return read_planes(l.bits, panel + planes(u, j), r, w);
+  void read(const uint8_t* matrix, int64_t u, int j, int r, uint32_t* w) const {
+    if (l.bits != 8) return read_planes(l.bits, matrix + planes(u, j), r, w);
     uint32_t low[8];
-    read_planes(4, panel + planes(u, j), r, w);
-    read_planes(4, panel + tail(u), r, low);
+    read_planes(4, matrix + planes(u, j), r, w);
+    read_planes(4, matrix + low_halves(u), r, low);
     for (int i = 0; i < 8; ++i) w[i] = w[i] << 4 | low[i];
   }
 
-  DType type;
   const Encoding& e;
   Layout l;
-  int64_t stride, count = 0;
+  PanelAt first;
+  int64_t count;
 };
 
 // Six-bit scale and offset j of a Q4_K or Q5_K block.
@@ -340,13 +339,18 @@ size_t row_bytes(DType type, int64_t k) {
   return static_cast<size_t>((k + e.block - 1) / e.block) * static_cast<size_t>(e.block_bytes);
 }
 
-size_t panel_bytes(DType type, int64_t k) {
+size_t tiled_bytes(DType type, int64_t rows, int64_t k) {
   const Encoding& e = encoding(type);
-  return static_cast<size_t>((k + e.block - 1) / e.block) * static_cast<size_t>(e.unit_bytes);
+  return static_cast<size_t>((rows + kPanel - 1) / kPanel) * static_cast<size_t>((k + e.block - 1) / e.block) *
+         static_cast<size_t>(e.unit_bytes);
 }
 
-size_t tiled_bytes(DType type, int64_t rows, int64_t k) {
-  return static_cast<size_t>((rows + kPanel - 1) / kPanel) * panel_bytes(type, k);
+PanelAt panel_at(DType type, int64_t rows, int64_t k, int64_t panel) {
+  const Encoding& e = encoding(type);
+  const size_t units = static_cast<size_t>((k + e.block - 1) / e.block),
+               high = static_cast<size_t>(e.unit_bytes - e.low_bytes);
+  const size_t panels = static_cast<size_t>((rows + kPanel - 1) / kPanel), i = static_cast<size_t>(panel);
+  return {i * units * high, units * (panels * high + i * static_cast<size_t>(e.low_bytes))};
 }
 
 float bf16_to_float(uint16_t b) {
@@ -412,12 +416,13 @@ void decode_row(DType type, const uint8_t* row, int64_t k, float* out) {
   }
 }
 
-void decode_tiled_row(DType type, const uint8_t* panel, int r, int64_t k, float* out) {
-  const Units units(type, k);
+void decode_tiled_row(DType type, const uint8_t* matrix, int64_t rows, int64_t k, int64_t row, float* out) {
+  const Units units(type, rows, k, row / kPanel);
+  const int r = static_cast<int>(row % kPanel);
   const Layout& l = units.l;
   const int per = blocks_of(type);
   for (int64_t b = 0; b * kBlock < k; ++b) {
-    const uint8_t* unit = panel + units.at(b / per);
+    const uint8_t* unit = matrix + units.at(b / per);
     const int j = static_cast<int>(b % per);
     const float d = half_to_float(load16(unit + 2 * r)),
                 m = l.file_m < 0 ? 0 : half_to_float(load16(unit + 64 + 2 * r));
@@ -433,7 +438,7 @@ void decode_tiled_row(DType type, const uint8_t* panel, int r, int64_t k, float*
       s.d2 = d * static_cast<float>(sc[32]);
     }
     uint32_t w[8];
-    units.read(panel, b / per, j, r, w);
+    units.read(matrix, b / per, j, r, w);
     float last[kBlock];
     const bool whole = (b + 1) * kBlock <= k;
     decode_values(w, l.offset, s, whole ? out + b * kBlock : last);
@@ -466,36 +471,38 @@ void convert_row(const HostTensor& s, int64_t r, DType target, float* values, ui
   }
 }
 
-void tile_panel(DType type, const uint8_t* src, size_t row_stride, int rows, int64_t k, uint8_t* panel) {
+void tile_panel(DType type, const uint8_t* src, size_t row_stride, int64_t all_rows, int64_t k, int64_t panel,
+                uint8_t* matrix) {
   const Encoding& e = encoding(type);
-  const Units units(type, k);
+  const Units units(type, all_rows, k, panel);
   const Layout& l = units.l;
+  const int rows = static_cast<int>(std::min<int64_t>(kPanel, all_rows - panel * kPanel));
   const int per = blocks_of(type);
   // Rows past the end: scale 0, values at the zero point.
   alignas(64) uint32_t w[kPanel][8];
   for (int r = rows; r < kPanel; ++r)
     for (uint32_t& x : w[r]) x = static_cast<uint32_t>(l.offset) * kOnes;
-  uint8_t* const whole = panel;
-  for (int64_t u = 0; u < units.count; ++u, panel += units.stride) {
+  for (int64_t u = 0; u < units.count; ++u) {
     const uint8_t* p = src + u * e.block_bytes;
-    if (rows < kPanel || l.two_level) std::memset(panel, 0, static_cast<size_t>(l.unit_planes));
+    uint8_t* unit = matrix + units.at(u);
+    if (rows < kPanel || l.two_level) std::memset(unit, 0, static_cast<size_t>(l.unit_planes));
     for (int r = 0; r < rows; ++r) {
       const uint8_t* block = p + r * row_stride;
-      store16(panel + 2 * r, load16(block + l.file_d));
-      if (l.file_m >= 0) store16(panel + 64 + 2 * r, load16(block + l.file_m));
+      store16(unit + 2 * r, load16(block + l.file_d));
+      if (l.file_m >= 0) store16(unit + 64 + 2 * r, load16(block + l.file_m));
       if (l.two_level) {
         uint32_t hi = 0;
         for (int j = 0; j < 8; ++j) {
           int sc, mn;
           read_scale(block + 4, j, &sc, &mn);
-          panel[256 + 32 * j + r] = static_cast<uint8_t>((sc & 15) | (mn & 15) << 4);
+          unit[256 + 32 * j + r] = static_cast<uint8_t>((sc & 15) | (mn & 15) << 4);
           hi |= static_cast<uint32_t>(sc >> 4 | (mn >> 4) << 2) << 4 * j;
         }
-        store32(panel + 128 + 4 * r, hi);
+        store32(unit + 128 + 4 * r, hi);
       }
     }
     for (int j = 0; j < per; ++j) {
-      uint8_t* planes = panel + l.unit_planes + j * l.planes_stride;
+      uint8_t* planes = matrix + units.planes(u, j);
       if (type == DType::Q6_K) {
         if (rows < kPanel) std::memset(planes - 64, 0, 64);
         for (int r = 0; r < rows; ++r)
@@ -503,20 +510,21 @@ void tile_panel(DType type, const uint8_t* src, size_t row_stride, int rows, int
             planes[32 * h + r - 64] = p[r * row_stride + offsetof(BlockQ6_K, scales) + 2 * j + h];
       }
       for (int r = 0; r < rows; ++r) read_values(type, p + r * row_stride, j, w[r]);
-      units.write(whole, u, j, w);
+      units.write(matrix, u, j, w);
     }
   }
 }
 
-void untile_row(DType type, const uint8_t* panel, int r, int64_t k, uint8_t* row) {
+void untile_row(DType type, const uint8_t* matrix, int64_t rows, int64_t k, int64_t r, uint8_t* row) {
   const Encoding& e = encoding(type);
-  const Units units(type, k);
+  const Units units(type, rows, k, r / kPanel);
+  const int lane = static_cast<int>(r % kPanel);
   for (int64_t u = 0; u < units.count; ++u, row += e.block_bytes) {
     std::memset(row, 0, static_cast<size_t>(e.block_bytes));
-    untile_scales(type, units.l, panel + units.at(u), r, row);
+    untile_scales(type, units.l, matrix + units.at(u), lane, row);
     for (int j = 0; j < blocks_of(type); ++j) {
       uint32_t w[8];
-      units.read(panel, u, j, r, w);
+      units.read(matrix, u, j, lane, w);
       write_values(type, row, j, w);
     }
   }

@@ -9,15 +9,15 @@
 //   1-bit   [2 h][16 r][4 kk]               bit k4 = bit 4 of that value                            128 bytes
 //   2-bit   [2 g][2 h][16 r][4 kk]          bits 2i, 2i+1 = bits 4, 5 of k4 = 4 g + i               256 bytes
 // Units (fp16 arrays have one entry a row of the panel):
-//   Q8_0    d[32], 4-bit of (q + 128) >> 4; the low halves, 4-bit of (q + 128) & 15, follow the panel's last unit: choosing the
-//           best of a vocabulary reads little more than the high ones
+//   Q8_0    d[32], 4-bit of (q + 128) >> 4; the low halves, 4-bit of (q + 128) & 15, follow the last panel's units, in the same
+//           order: choosing the best of a vocabulary reads little more than the high ones, and those in one go
 //                                           Q4_0    d[32], 4-bit             Q4_1    d[32], m[32], 4-bit
 //   Q5_0    d[32], 1-bit, 4-bit             Q5_1    d[32], m[32], 1-bit, 4-bit
 //   Q4_K    d[32], dmin[32], uint32 hi[32], uint8 lo[8][32], then 8 x { 4-bit }
 //   Q5_K    the same header, then 8 x { 1-bit, 4-bit }
 //             sc_j = (lo[j] & 15) | (hi >> 4j & 3) << 4      min_j = lo[j] >> 4 | (hi >> (4j + 2) & 3) << 4
 //   Q6_K    d[32], then 8 x { int8 sc[2 halves of 16 along K][32], 2-bit, 4-bit }
-// Every plane starts at a multiple of 64 bytes from the panel's start, and no unit is larger than the file's blocks.
+// Every plane starts at a multiple of 64 bytes from the matrix's start, and no unit is larger than the file's blocks.
 #pragma once
 
 #include <cstddef>
@@ -35,7 +35,7 @@ struct Encoding {
   int block;        // values a file block
   int block_bytes;  // bytes a file block
   int unit_bytes;   // bytes a unit of a panel: 32 rows x block values
-  int tail_bytes;   // of these, how many stand at the panel's end
+  int low_bytes;    // of these, how many are low halves, which stand behind all units
   bool quantized;
 };
 
@@ -43,8 +43,12 @@ const Encoding& encoding(DType type);
 // Bytes of one row of k values as files store it. k must be a multiple of the block (checked by the caller).
 size_t row_bytes(DType type, int64_t k);
 // Bytes of a tiled matrix; rows are padded to 32 and k to the block.
-size_t panel_bytes(DType type, int64_t k);
 size_t tiled_bytes(DType type, int64_t rows, int64_t k);
+// Where a panel's units and its low halves begin, in bytes from the matrix's start.
+struct PanelAt {
+  size_t units, low;
+};
+PanelAt panel_at(DType type, int64_t rows, int64_t k, int64_t panel);
 
 float half_to_float(uint16_t h);
 uint16_t float_to_half(float f);  // round to nearest even
@@ -69,11 +73,12 @@ void check_convertible(const HostTensor& source, DType target);
 void convert_row(const HostTensor& source, int64_t r, DType target, float* values, uint8_t* out,
                  Q4Errors errors = q4_errors);
 
-// rows (<= 32) file rows, row_stride bytes apart, to one panel.
-void tile_panel(DType type, const uint8_t* src, size_t row_stride, int rows, int64_t k, uint8_t* panel);
-// Row r of a panel back to the file's blocks.
-void untile_row(DType type, const uint8_t* panel, int r, int64_t k, uint8_t* row);
-// Row r of a panel to float32 (the embedding's look-up).
-void decode_tiled_row(DType type, const uint8_t* panel, int r, int64_t k, float* out);
+// One panel of a tiled matrix [rows, k] from its rows as the file has them, row_stride bytes apart.
+void tile_panel(DType type, const uint8_t* src, size_t row_stride, int64_t rows, int64_t k, int64_t panel,
+                uint8_t* matrix);
+// Row r of a tiled matrix back to the file's blocks.
+void untile_row(DType type, const uint8_t* matrix, int64_t rows, int64_t k, int64_t r, uint8_t* row);
+// Row r of a tiled matrix to float32 (the embedding's look-up).
+void decode_tiled_row(DType type, const uint8_t* matrix, int64_t rows, int64_t k, int64_t r, float* out);
 
 }  // namespace gemma

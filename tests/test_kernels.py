@@ -209,6 +209,33 @@ def test_head_scan(rows: int, k: int, fine: bool) -> None:
             assert len(T.reachable(data, rows, k, x, 1, fine=fine)) <= 4 * m
 
 
+@pytest.mark.parametrize("fine", [False, True])
+@pytest.mark.parametrize(("rows", "k", "m"), [(75, 640, 1), (96, 2048, 3), (33, 32, 8)])
+def test_bounds_of_the_scan(rows: int, k: int, m: int, fine: bool) -> None:
+    """The middle of what the high halves leave open, give or take 8 standard deviations; of the rows that count."""
+    rng = np.random.default_rng(rows)
+    panels = -(-rows // 32)
+    blocks = np.frombuffer(random_blocks("Q8_0", rows, k, rng), np.uint8).reshape(rows, k // 32, 34).copy()
+    blocks[31, 0, :2] = np.array(np.nan, np.float16).reshape(1).view(np.uint8)  # a row without a product
+    d = blocks[..., :2].copy().view(np.float16).astype(np.float64)
+    byte = blocks[..., 2:].view(np.int8).astype(np.int64) + 128
+    x = (rng.standard_normal((m, k)) + 1.5).astype(np.float32)  # a sum far from zero shows where the middle is
+    q = quantized_activations(x, 16 if fine else 32)
+    middle = q @ (d * (byte // 16 * 16 + 7.5 - 128)).reshape(rows, k).T
+    margin = 8 * np.sqrt(21.25 * (q**2).reshape(m, -1, 32).sum(-1) @ (d[..., 0] ** 2).T)
+    apart = rng.random(panels * 32) < 0.3
+    apart[rows:] = False
+    bits = (apart.reshape(panels, 32) @ (1 << np.arange(32, dtype=np.uint64))).astype(int).tolist()
+    counts = ~apart
+    counts[31] = False
+    counts[rows:] = False
+    got = np.array(T.head_bounds(blocks.tobytes(), rows, k, x, fine, bits)).reshape(2, m, panels)
+    for bound, value in zip(got, (middle - margin, middle + margin), strict=True):
+        value = np.pad(value, ((0, 0), (0, panels * 32 - rows)))
+        wanted = np.where(counts, value, -np.inf).reshape(m, panels, 32).max(-1)
+        np.testing.assert_allclose(bound, wanted, rtol=1e-5, atol=1e-5 * np.nanmax(np.abs(value)))
+
+
 def test_head_scan_knows_its_limits() -> None:
     rng = np.random.default_rng(2)
     rows, k = 2048, 64

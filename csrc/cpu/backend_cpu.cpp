@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 
 #include "../backend.h"
 #include "../quant.h"
@@ -77,9 +78,9 @@ class CpuBackend final : public Backend {
         const int64_t t = rows.tokens[i];
         float* out = x.data + i * d;
         if (encoding(table.type).quantized)
-          decode_tiled_row(table.type, cpu(table).at_row(t / kPanel * kPanel), static_cast<int>(t % kPanel), d, out);
+          decode_tiled_row(table.type, cpu(table).data, table.rows, d, t, out);
         else
-          decode_row(table.type, cpu(table).at_row(t), d, out);
+          decode_row(table.type, cpu(table).bf16_row(t), d, out);
         for (int64_t j = 0; j < d; ++j) out[j] *= scale;
       }
     });
@@ -211,20 +212,16 @@ class CpuBackend final : public Backend {
     std::vector<double> total(m, 0.0), top(m, -std::numeric_limits<double>::infinity());
     normed(c, norm, {&head}, static_cast<int64_t>(pick.size()), x, pick.data());
     for (int64_t first = 0; first < head.rows; first += slab) {
-      CpuMatrix part;
-      part.type = head.type;
-      part.rows = std::min(slab, head.rows - first);
-      part.cols = head.cols;
-      part.fine = cpu(head).fine;
-      part.data = cpu(head).at_row(first);
-      part.bytes = head.bytes / static_cast<size_t>(head.rows) * static_cast<size_t>(part.rows);
-      matmul(kernels_, pool_, acts_, {{&part, y.data(), slab}});
+      const int64_t rows = std::min(slab, head.rows - first);
+      std::vector<int64_t> panels((rows + kPanel - 1) / kPanel);
+      std::iota(panels.begin(), panels.end(), first / kPanel);
+      matmul_panels(kernels_, pool_, acts_, cpu(head), panels, y.data());
       pool_.parallel_for(m, 4, [&](int64_t begin, int64_t end, int) {
         for (int64_t i = begin; i < end; ++i) {
-          float* row = y.data() + i * slab;
-          if (c.final_softcap > 0) kernels_.softcap(row, part.rows, c.final_softcap);
-          kernels_.log_sum(row, part.rows, &max[i], &sum[i]);
-          if (target[i] >= first && target[i] < first + part.rows) chosen[i] = row[target[i] - first];
+          float* row = y.data() + i * static_cast<int64_t>(panels.size()) * kPanel;
+          if (c.final_softcap > 0) kernels_.softcap(row, rows, c.final_softcap);
+          kernels_.log_sum(row, rows, &max[i], &sum[i]);
+          if (target[i] >= first && target[i] < first + rows) chosen[i] = row[target[i] - first];
           const double t = std::max<double>(top[i], max[i]);
           total[i] = total[i] * std::exp(top[i] - t) + sum[i] * std::exp(max[i] - t);
           top[i] = t;

@@ -3,9 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
-#include <limits>
 #include <numeric>
-#include <utility>
 
 #include "../quant.h"
 
@@ -14,24 +12,44 @@ namespace gemma {
 namespace {
 
 constexpr float kSigmas = 8;
-constexpr float kVariance = (16 * 16 - 1) / 12.0f;  // of the low halves: 16 equally likely values
-constexpr int64_t kMostBest = 40;                   // beyond, survivors stand in most panels
+// Of the low halves: 16 equally likely values, with a weight's 128 taken off.
+constexpr float kMiddle = 7.5f - 128, kVariance = (16 * 16 - 1) / 12.0f;
+constexpr int64_t kMostBest = 40;  // beyond, survivors stand in most panels
 constexpr int64_t kMostRows = 8;
 constexpr float kUnsaturated = 4;  // softcaps up to which different products stay different logits
 
-// energy[block][row]: what a weight row's d^2 is multiplied with for the variance of its residual over that block
-std::vector<float> energies(const QuantActs& a, int64_t blocks) {
-  std::vector<float> energy(blocks * a.rows);
+std::vector<ScanScale> scan_scales(const QuantActs& a, int64_t blocks) {
+  std::vector<ScanScale> scales(blocks * a.rows);
   for (int64_t i = 0; i < blocks * a.rows; ++i) {
     int32_t square[2] = {0, 0};
     for (int j = 0; j < kBlock; ++j) square[j / 16] += a.q[i * kBlock + j] * a.q[i * kBlock + j];
-    const float* d = a.scale[i].d;
-    energy[i] = kVariance * (d[0] * d[0] * static_cast<float>(square[0]) + d[1] * d[1] * static_cast<float>(square[1]));
+    const ActScale& s = a.scale[i];
+    const float energy =
+        s.d[0] * s.d[0] * static_cast<float>(square[0]) + s.d[1] * s.d[1] * static_cast<float>(square[1]);
+    scales[i] = {{16 * s.d[0], 16 * s.d[1]}, kMiddle * s.dsum, kSigmas * kSigmas * kVariance * energy};
   }
-  return energy;
+  return scales;
 }
 
 }  // namespace
+
+HeadBounds head_bounds(const Kernels& kernels, ThreadPool& pool, const Activations& x, const CpuMatrix& head,
+                       const std::vector<uint32_t>& apart) {
+  const int64_t total = static_cast<int64_t>(apart.size());
+  const QuantActs acts = x.chunk(0);
+  const std::vector<ScanScale> scales = scan_scales(acts, x.blocks());
+  HeadBounds bounds{std::vector<float>(x.n * total), std::vector<float>(x.n * total)};
+  const int64_t grain = std::max<int64_t>(1, (128 << 10) * total / static_cast<int64_t>(head.bytes));
+  pool.parallel_for(total, grain, [&](int64_t begin, int64_t end, int) {
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t rows = head.rows - p * kPanel;
+      const uint32_t padding = rows < kPanel ? ~0u << rows : 0;
+      kernels.scan(head.tiled_panel(p).units, x.blocks(), acts, scales.data(), apart[p] | padding, &bounds.low[p],
+                   &bounds.high[p], total);
+    }
+  });
+  return bounds;
+}
 
 std::vector<int64_t> HeadScan::reachable(const Kernels& kernels, ThreadPool& pool, const Activations& x,
                                          const CpuMatrix& head, int64_t k, const std::vector<int32_t>& also,
@@ -46,38 +64,14 @@ std::vector<int64_t> HeadScan::reachable(const Kernels& kernels, ThreadPool& poo
     return all;
   }
 
-  static_assert(kPanel == 32, "a bit a row");
-  std::vector<uint32_t> apart(total);  // rows of a panel that `also` lists: they are no measure for the others
+  std::vector<uint32_t> apart(total);  // what `also` lists is no measure for the other rows
   for (int32_t id : also) apart[id / kPanel] |= 1u << id % kPanel;
-
-  const int m = static_cast<int>(x.n);
-  const QuantActs acts = x.chunk(0);
-  const std::vector<float> energy = energies(acts, x.blocks());
-  std::vector<float> low(m * total), high(m * total);  // the largest bounds of a panel's rows
-  const int64_t grain = std::max<int64_t>(1, (128 << 10) / static_cast<int64_t>(panel_bytes(head.type, head.cols)));
-  pool.parallel_for(total, grain, [&](int64_t begin, int64_t end, int) {
-    alignas(64) float tile[kMostRows * kPanel], variance[kMostRows * kPanel];
-    for (int64_t p = begin; p < end; ++p) {
-      kernels.scan(head.at_row(p * kPanel), x.blocks(), acts, energy.data(), tile, variance);
-      const int rows = static_cast<int>(std::min<int64_t>(kPanel, head.rows - p * kPanel));
-      for (int i = 0; i < m; ++i) {
-        float lo = -std::numeric_limits<float>::infinity(), hi = lo;
-        for (int r = 0; r < rows; ++r) {
-          if (apart[p] >> r & 1) continue;
-          const float sigma = kSigmas * std::sqrt(variance[i * kPanel + r]);
-          lo = std::max(lo, tile[i * kPanel + r] - sigma);
-          hi = std::max(hi, tile[i * kPanel + r] + sigma);
-        }
-        low[i * total + p] = lo;
-        high[i * total + p] = hi;
-      }
-    }
-  });
+  const HeadBounds bounds = head_bounds(kernels, pool, x, head, apart);
 
   // k panels hold a row each that is no worse than this.
-  std::vector<float> bar(m), sorted(total);
-  for (int i = 0; i < m; ++i) {
-    std::copy_n(low.begin() + i * total, total, sorted.begin());
+  std::vector<float> bar(x.n), sorted(total);
+  for (int64_t i = 0; i < x.n; ++i) {
+    std::copy_n(bounds.low.begin() + i * total, total, sorted.begin());
     std::nth_element(sorted.begin(), sorted.begin() + (k - 1), sorted.end(), std::greater<float>());
     bar[i] = sorted[k - 1];
     if (!std::isfinite(bar[i]) || (softcap > 0 && bar[i] > kUnsaturated * softcap)) return all;
@@ -85,7 +79,7 @@ std::vector<int64_t> HeadScan::reachable(const Kernels& kernels, ThreadPool& poo
   std::vector<int64_t> reachable;
   for (int64_t p = 0; p < total; ++p) {
     bool in = apart[p] != 0;
-    for (int i = 0; i < m; ++i) in |= high[i * total + p] >= bar[i];
+    for (int64_t i = 0; i < x.n; ++i) in |= bounds.high[i * total + p] >= bar[i];
     if (in) reachable.push_back(p);
   }
   const bool paid = 3 * static_cast<int64_t>(reachable.size()) < total;

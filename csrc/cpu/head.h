@@ -10,6 +10,15 @@
 
 namespace gemma {
 
+// The largest lower and upper bound of the products of a Q8_0 head's panels, from the high halves of its values: [row of x][panel].
+struct HeadBounds {
+  std::vector<float> low, high;
+};
+// apart[panel]: a bit for each of its rows that does not count.
+static_assert(kPanel == 32, "a bit a row");
+HeadBounds head_bounds(const Kernels& kernels, ThreadPool& pool, const Activations& x, const CpuMatrix& head,
+                       const std::vector<uint32_t>& apart);
+
 // Rules out what it can of a vocabulary. A Q8_0 panel's high halves give every product to within a residual whose standard
 // deviation sigma follows from the scales and the activations; a row more than 8 sigma below the k-th best cannot be among the k
 // best. That bound is observed, not proved: docs/MODEL.md has the figures.

@@ -233,6 +233,7 @@ void q4_errors(const float* v, const float* d, const float* inverse, float* erro
 #include "attention-inl.h"
 #include "bf16-inl.h"
 #include "products-inl.h"
+#include "scan-inl.h"
 
 namespace gemma {
 namespace GEMMA_ISA {

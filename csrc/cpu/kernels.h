@@ -36,6 +36,20 @@ struct QuantActs {
   bool fine;
 };
 
+// A panel of quantised weights: its units and, for Q8_0, the low halves of its values.
+struct TiledPanel {
+  const uint8_t* units;
+  const uint8_t* low;
+};
+
+// One block of an activation row for the scan of a head by the high halves h of its values: d_w being the weight row's scale, the
+// block adds d_w (d[0] h . q + d[1] h' . q' + offset) to the estimate and d_w^2 energy to the margin's square.
+struct ScanScale {
+  float d[2];
+  float offset;
+  float energy;
+};
+
 constexpr int kQueryRows = 8;  // query rows that attend_block takes at most
 constexpr int kKeys = 64;      // keys a block, kKeyBlock of backend.h
 
@@ -52,14 +66,14 @@ struct Kernels {
   void (*pack)(const float* x, int64_t at, int64_t count, int64_t k, void* out, int64_t row, int64_t rows);
   int64_t (*pack_bytes)(int64_t k);
 
-  // tile[row][32] = one panel of weights times a chunk of activations over `count` of the panel's `blocks` blocks along K, from
-  // `first` on, where `acts` begins (all three multiples of 8 for K-quants). `add` goes on from what the tile holds.
-  void (*panel)(DType type, const uint8_t* panel, int64_t blocks, int64_t first, int64_t count, const QuantActs& acts,
-                bool add, float* tile);
-  // The same from the high halves of a Q8_0 panel's values, taken for the middle of what they may stand for, and
-  // variance[row][32] = the sum of d^2 energy[block][row] over the blocks, d being the weight row's scale.
-  void (*scan)(const uint8_t* panel, int64_t blocks, const QuantActs& acts, const float* energy, float* tile,
-               float* variance);
+  // tile[row][32] = one panel of weights times a chunk of activations over `count` blocks along K from `first` on, where `acts`
+  // begins (both multiples of 8 for K-quants). `add` goes on from what the tile holds.
+  void (*panel)(DType type, const TiledPanel& panel, int64_t first, int64_t count, const QuantActs& acts, bool add,
+                float* tile);
+  // low[row * ld], high[row * ld] = the largest of estimate - margin and of estimate + margin among a Q8_0 panel's weight rows, without
+  // those whose bit is set in `skip`; scales is [blocks][rows].
+  void (*scan)(const uint8_t* units, int64_t blocks, const QuantActs& acts, const ScanScale* scales, uint32_t skip,
+               float* low, float* high, int64_t ld);
   // out[i * ldo + r] = W[r] . x[first + i] for `rows` weight rows in file order (at most kBf16Rows) and m (at most kActChunk) of
   // the n packed activation rows. `scratch`, of bf16_scratch(k) bytes, keeps the weights as the kernel likes them: `again` says that
   // the last call with this scratch was for the same weights.

@@ -29,10 +29,10 @@ struct L1Block : SumsInTile {
   F scale[kParts][kGroups], min[kGroups];
 
   template <int G>
-  GEMMA_INLINE void decode(const uint8_t* unit, const uint8_t* tail, int j) {
-    if constexpr (G > 0) decode<G - 1>(unit, tail, j);
+  GEMMA_INLINE void decode(const uint8_t* unit, const uint8_t* low, int j) {
+    if constexpr (G > 0) decode<G - 1>(unit, low, j);
     Block b;
-    Q::template decode<G>(unit, tail, j, b);
+    Q::template decode<G>(unit, low, j, b);
     for (int i = 0; i < 8; ++i) {
       const B x = Vec::sub8(b.w[i], Q::kOffset);
       w[0][i][G] = kWide ? Vec::even16(x) : x;
@@ -99,9 +99,9 @@ struct L1Block : SumsInTile {
     }
   }
 
-  void step(const uint8_t* unit, const uint8_t* tail, int j, const int8_t* acts, const ActScale* s, int rows,
+  void step(const uint8_t* unit, const uint8_t* low, int j, const int8_t* acts, const ActScale* s, int rows,
             float* tile) {
-    decode<kGroups - 1>(unit, tail, j);
+    decode<kGroups - 1>(unit, low, j);
     for (int i = 0; i < rows; ++i) {
       const B x = V::load_b(reinterpret_cast<const uint8_t*>(acts + i * kBlock));
       q[i][0] = kWide ? Vec::even16(x) : Vec::sub8(x, -128);

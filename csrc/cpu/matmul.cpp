@@ -27,7 +27,6 @@ std::unique_ptr<CpuMatrix> load_cpu_matrix(ThreadPool& pool, const HostTensor& s
   uint8_t* out = m->owned.data();
   m->data = out;
   const size_t in_row = row_bytes(s.type, s.cols), out_row = row_bytes(target, s.cols);
-  const size_t out_panel = tiled ? panel_bytes(target, s.cols) : out_row * kPanel;
   const int64_t panels = (s.rows + kPanel - 1) / kPanel;
   // In slices, so that the source's pages can be given back as they are used up.
   const int64_t slice = std::max<int64_t>(1, static_cast<int64_t>((16u << 20) / (in_row * kPanel)));
@@ -50,9 +49,9 @@ std::unique_ptr<CpuMatrix> load_cpu_matrix(ThreadPool& pool, const HostTensor& s
           src = rows.data();
         }
         if (tiled)
-          tile_panel(target, src, out_row, n, s.cols, out + p * out_panel);
+          tile_panel(target, src, out_row, s.rows, s.cols, p, out);
         else
-          std::memcpy(out + p * out_panel, src, n * out_row);
+          std::memcpy(out + p * kPanel * out_row, src, n * out_row);
       }
     });
     if (consumed) consumed(s.name, first * kPanel * in_row, std::min((first + count) * kPanel, s.rows) * in_row);
@@ -121,7 +120,6 @@ struct Panel {
   const CpuMatrix* w;
   int64_t index;
   int rows() const { return static_cast<int>(std::min<int64_t>(kPanel, w->rows - index * kPanel)); }
-  const uint8_t* data() const { return w->at_row(index * kPanel); }
 };
 
 constexpr int kGroup = 4;              // panels that meet a chunk of activations together
@@ -142,8 +140,9 @@ void group_product(const Kernels& kernels, const Activations& x, const Panel* pa
   for (int p = 0; p < count; ++p) {
     const CpuMatrix& w = *panels[p].w;
     if (encoding(w.type).quantized) continue;
-    kernels.bf16(reinterpret_cast<const uint16_t*>(panels[p].data()), w.cols, panels[p].rows(), w.cols, x.packed(), m0,
-                 m, x.n, scratch.data() + p * apart, again, tiles + p * kTile, kPanel);
+    const auto* rows = reinterpret_cast<const uint16_t*>(w.bf16_row(panels[p].index * kPanel));
+    kernels.bf16(rows, w.cols, panels[p].rows(), w.cols, x.packed(), m0, m, x.n, scratch.data() + p * apart, again,
+                 tiles + p * kTile, kPanel);
   }
   const int64_t step = count > 1 ? kGroupBlocks : x.blocks();
   for (int64_t from = 0; from < x.blocks(); from += step)
@@ -152,8 +151,8 @@ void group_product(const Kernels& kernels, const Activations& x, const Panel* pa
       const Encoding& e = encoding(w.type);
       if (!e.quantized) continue;
       const int64_t unit = e.block / kBlock, blocks = (w.cols + e.block - 1) / e.block * unit;
-      kernels.panel(w.type, panels[p].data(), blocks, from, std::min(step, blocks - from), x.chunk(m0, from), from > 0,
-                    tiles + p * kTile);
+      kernels.panel(w.type, w.tiled_panel(panels[p].index), from, std::min(step, blocks - from), x.chunk(m0, from),
+                    from > 0, tiles + p * kTile);
     }
 }
 

@@ -18,9 +18,10 @@ struct CpuMatrix final : Matrix {
   bool fine = false;              // its activations get a scale every 16 values instead of 32
   Memory owned;
   const uint8_t* host_data() const override { return data; }
-  // Where row r (a multiple of 32 in a tiled matrix) begins.
-  const uint8_t* at_row(int64_t r) const {
-    return data + (encoding(type).quantized ? r / kPanel * panel_bytes(type, cols) : r * row_bytes(type, cols));
+  const uint8_t* bf16_row(int64_t r) const { return data + r * row_bytes(type, cols); }
+  TiledPanel tiled_panel(int64_t i) const {
+    const PanelAt at = panel_at(type, rows, cols, i);
+    return {data + at.units, data + at.low};
   }
 };
 

@@ -66,7 +66,7 @@ struct Simple {  // Q4_0 Q4_1 Q5_0 Q5_1
   static constexpr int kBits = BITS, kOffset = MIN ? 0 : 1 << (BITS - 1), kSubs = 1, kUnitBlocks = 1;
   static constexpr bool kMin = MIN;
   static constexpr int kScales = MIN ? 128 : 64;
-  static constexpr int kUnit = kScales + BITS * 128, kTail = 0, kLeaves = 0;
+  static constexpr int kUnit = kScales + BITS * 128, kLow = 0;
   template <int G>
   static void decode(const uint8_t* unit, const uint8_t*, int, Block& b) {
     b.scale[0] = V::load_half(unit + G * W * 2);
@@ -76,27 +76,16 @@ struct Simple {  // Q4_0 Q4_1 Q5_0 Q5_1
   }
 };
 
-struct EightBit {  // Q8_0
+constexpr int kHighUnit = 64 + 512;  // Q8_0: scales and high halves
+
+struct EightBit {
   static constexpr int kBits = 8, kOffset = 128, kSubs = 1, kUnitBlocks = 1;
   static constexpr bool kMin = false;
-  static constexpr int kUnit = 576, kTail = 512, kLeaves = 0;
+  static constexpr int kUnit = kHighUnit, kLow = 512;
   template <int G>
-  static void decode(const uint8_t* unit, const uint8_t* tail, int, Block& b) {
+  static void decode(const uint8_t* unit, const uint8_t* low, int, Block& b) {
     b.scale[0] = V::load_half(unit + G * W * 2);
-    load_8bit<G>(unit + 64, tail, b.w);
-  }
-};
-
-struct HighHalf {  // Q8_0 by its high halves: 16 (h - 8) + 7.5
-  static constexpr int kBits = 4, kOffset = 8, kSubs = 1, kUnitBlocks = 1;
-  static constexpr bool kMin = true;
-  static constexpr int kUnit = 576, kTail = 0, kLeaves = 512;
-  template <int G>
-  static void decode(const uint8_t* unit, const uint8_t*, int, Block& b) {
-    const F d = V::load_half(unit + G * W * 2);
-    b.scale[0] = V::mul(d, V::set(16.0f));
-    b.min = V::mul(d, V::set(7.5f));
-    load_4bit<G>(unit + 64, b.w);
+    load_8bit<G>(unit + 64, low, b.w);
   }
 };
 
@@ -105,7 +94,7 @@ struct TwoLevel {  // Q4_K Q5_K
   static constexpr int kBits = BITS, kOffset = 0, kSubs = 1, kUnitBlocks = 8;
   static constexpr bool kMin = true;
   static constexpr int kHeader = 512;
-  static constexpr int kUnit = kHeader + 8 * BITS * 128, kTail = 0, kLeaves = 0;
+  static constexpr int kUnit = kHeader + 8 * BITS * 128, kLow = 0;
   template <int G>
   static void decode(const uint8_t* unit, const uint8_t*, int j, Block& b) {
     const I hi = V::shr_i(V::load_i(unit + 128 + G * W * 4), 4 * j);
@@ -124,7 +113,7 @@ struct TwoLevel {  // Q4_K Q5_K
 struct SixBit {  // Q6_K
   static constexpr int kBits = 6, kOffset = 32, kSubs = 2, kUnitBlocks = 8;
   static constexpr bool kMin = false;
-  static constexpr int kUnit = 64 + 8 * 832, kTail = 0, kLeaves = 0;
+  static constexpr int kUnit = 64 + 8 * 832, kLow = 0;
   template <int G>
   static void decode(const uint8_t* unit, const uint8_t*, int j, Block& b) {
     const uint8_t* block = unit + 64 + j * 832;
@@ -164,11 +153,11 @@ struct OneRow {
     for (int g = 0; g < kGroups; ++g) acc[g] = add ? V::load(tile + g * W) : V::zero();
   }
   template <int G = kGroups>
-  GEMMA_INLINE void step(const uint8_t* unit, const uint8_t* tail, int j, const int8_t* q, const ActScale* s, int rows,
+  GEMMA_INLINE void step(const uint8_t* unit, const uint8_t* low, int j, const int8_t* q, const ActScale* s, int rows,
                          float* tile) {
-    if constexpr (G > 1) step<G - 1>(unit, tail, j, q, s, rows, tile);
+    if constexpr (G > 1) step<G - 1>(unit, low, j, q, s, rows, tile);
     Block b;
-    Q::template decode<G - 1>(unit, tail, j, b);
+    Q::template decode<G - 1>(unit, low, j, b);
     acc[G - 1] = block_dot<Q, FINE>(b, q, *s, acc[G - 1]);
   }
   GEMMA_INLINE void finish(float* tile) const {
@@ -190,12 +179,12 @@ constexpr int kHeld = W == 16 ? 2 : 1;  // groups held at once: 16 of 32 registe
 template <class Q, bool FINE>
 struct ManyRows : SumsInTile {
   template <int G = kGroups>
-  GEMMA_INLINE void step(const uint8_t* unit, const uint8_t* tail, int j, const int8_t* q, const ActScale* s, int rows,
+  GEMMA_INLINE void step(const uint8_t* unit, const uint8_t* low, int j, const int8_t* q, const ActScale* s, int rows,
                          float* tile) {
-    if constexpr (G > kHeld) step<G - kHeld>(unit, tail, j, q, s, rows, tile);
+    if constexpr (G > kHeld) step<G - kHeld>(unit, low, j, q, s, rows, tile);
     Block b0, b1;
-    Q::template decode<G - kHeld>(unit, tail, j, b0);
-    if (kHeld == 2) Q::template decode<G - 1>(unit, tail, j, b1);
+    Q::template decode<G - kHeld>(unit, low, j, b0);
+    if (kHeld == 2) Q::template decode<G - 1>(unit, low, j, b1);
     for (int i = 0; i < rows; ++i) {
       float* t = tile + i * kPanel + (G - kHeld) * W;
       F x = V::load(t);
@@ -218,29 +207,27 @@ namespace GEMMA_ISA {
 
 // Blocks [first, first + count) of a panel.
 struct Run {
-  const uint8_t* panel;
-  int64_t blocks, first, count;
+  TiledPanel panel;
+  int64_t first, count;
   bool add;
 };
 
 // A function for each kind of rows, since each wants all registers.
 template <class Q, class Rows>
 GEMMA_NOINLINE void walk(const Run& run, const QuantActs& a, float* tile) {
-  constexpr int kBlockBytes = Q::kUnit / Q::kUnitBlocks, kAhead = 16;
-  const uint8_t* unit = run.panel + run.first * kBlockBytes;
-  const uint8_t* tail = run.panel + run.blocks * kBlockBytes + run.first * Q::kTail;
+  constexpr int kBlockBytes = Q::kUnit / Q::kUnitBlocks;
+  const uint8_t* unit = run.panel.units + run.first * kBlockBytes;
+  const uint8_t* low = run.panel.low + run.first * Q::kLow;
   const int8_t* q = a.q;
   const ActScale* s = a.scale;
   Rows rows;
   rows.start(run.add, a.rows, tile);
-  for (int64_t u = 0; u < run.count / Q::kUnitBlocks; ++u, unit += Q::kUnit, tail += Q::kTail)
+  for (int64_t u = 0; u < run.count / Q::kUnitBlocks; ++u, unit += Q::kUnit, low += Q::kLow)
     for (int j = 0; j < Q::kUnitBlocks; ++j, q += kBlock * a.rows, s += a.rows) {
-      // Hardware prefetch ends with a page, which one row would wait for and a few all the more. It knows nothing of low halves that
-      // are left out: the next panel's blocks then.
-      const uint8_t* ahead = unit + (Q::kLeaves ? run.blocks * (Q::kUnit + Q::kLeaves) : (j + kAhead) * kBlockBytes);
-      for (int p = 0; p < kBlockBytes; p += 64) GEMMA_PREFETCH(ahead + p);
-      for (int p = 0; p < Q::kTail; p += 64) GEMMA_PREFETCH(tail + kAhead * Q::kTail + p);
-      rows.step(unit, tail, j, q, s, a.rows, tile);
+      // Hardware prefetch ends with a page, which one row would wait for and a few all the more.
+      for (int p = 0; p < kBlockBytes; p += 64) GEMMA_PREFETCH(unit + (j + V::kAhead) * kBlockBytes + p);
+      for (int p = 0; p < Q::kLow; p += 64) GEMMA_PREFETCH(low + V::kAhead * Q::kLow + p);
+      rows.step(unit, low, j, q, s, a.rows, tile);
     }
   rows.finish(tile);
 }
@@ -259,9 +246,9 @@ inline void panel_of(const Run& run, const QuantActs& a, float* tile) {
   a.fine ? panel_rows<Q, true>(run, a, tile) : panel_rows<Q, false>(run, a, tile);
 }
 
-void panel(DType type, const uint8_t* data, int64_t blocks, int64_t first, int64_t count, const QuantActs& a, bool add,
+void panel(DType type, const TiledPanel& data, int64_t first, int64_t count, const QuantActs& a, bool add,
            float* tile) {
-  const Run run{data, blocks, first, count, add};
+  const Run run{data, first, count, add};
   switch (type) {
     case DType::Q8_0:
       return panel_of<EightBit>(run, a, tile);
@@ -282,19 +269,6 @@ void panel(DType type, const uint8_t* data, int64_t blocks, int64_t first, int64
     default:
       return;
   }
-}
-
-void scan(const uint8_t* data, int64_t blocks, const QuantActs& a, const float* energy, float* tile, float* variance) {
-  panel_of<HighHalf>({data, blocks, 0, blocks, false}, a, tile);
-  for (int i = 0; i < a.rows; ++i)
-    for (int g = 0; g < kGroups; ++g) {
-      F sum = V::zero();
-      for (int64_t b = 0; b < blocks; ++b) {
-        const F d = V::load_half(data + b * HighHalf::kUnit + g * W * 2);
-        sum = V::fma(V::mul(d, d), V::set(energy[b * a.rows + i]), sum);
-      }
-      V::store(variance + i * kPanel + g * W, sum);
-    }
 }
 
 }  // namespace GEMMA_ISA

@@ -32,6 +32,7 @@ struct V {
   static F div(F a, F b) { return _mm256_div_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static F fnma(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }  // c - a * b
+  static F sqrt(F a) { return _mm256_sqrt_ps(a); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
   static F min(F a, F b) { return _mm256_min_ps(a, b); }
   static F abs(F a) { return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff))); }
@@ -166,6 +167,10 @@ struct V {
     return x;
 #endif
   }
+
+  // How many blocks of weights are asked for ahead. What is asked for occupies one of the core's few miss buffers until memory answers,
+  // so it should be no earlier than that takes; and the hardware's own prefetch, which needs none of them, runs ahead by then.
+  static constexpr int kAhead = 4;
 
   // Products by l1-block-inl.h, where that is quicker than `dot`.
 #if defined(GEMMA_AVX_VNNI)

@@ -30,6 +30,7 @@ struct V {
   static F div(F a, F b) { return _mm512_div_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a * b
+  static F sqrt(F a) { return _mm512_sqrt_ps(a); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
   static F abs(F a) {
@@ -138,6 +139,7 @@ struct V {
     return _mm512_add_epi32(x, y);
   }
 
+  static constexpr int kAhead = 16;        // blocks of weights that are asked for ahead
   static constexpr bool kL1Block = false;  // no products by l1-block-inl.h
 
   // bf16 products, few rows: 32 values along K at a time, activations rounded to bf16.

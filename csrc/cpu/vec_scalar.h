@@ -65,6 +65,10 @@ struct V {
     GEMMA_EACH c.v[i] = fmaf(-a.v[i], b.v[i], c.v[i]);
     return c;
   }  // c - a * b
+  static F sqrt(F a) {
+    GEMMA_EACH a.v[i] = sqrtf(a.v[i]);
+    return a;
+  }
   static F max(F a, F b) {
     GEMMA_EACH a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
     return a;
@@ -236,6 +240,7 @@ struct V {
     return x;
   }
 
+  static constexpr int kAhead = 4;         // blocks of weights that are asked for ahead
   static constexpr bool kL1Block = false;  // no products by l1-block-inl.h
 
   // bf16 products, few rows: 16 values along K at a time, activations in float32.

@@ -107,8 +107,7 @@ void lay_row(DType t, const uint8_t* row, int64_t k, const Strides& s, uint8_t* 
 const uint8_t* source_row(const HostTensor& s, int64_t r, DType target, std::vector<float>& values,
                           std::vector<uint8_t>& out) {
   if (s.tiled) {
-    untile_row(s.type, s.data + r / kPanel * panel_bytes(s.type, s.cols), static_cast<int>(r % kPanel), s.cols,
-               out.data());
+    untile_row(s.type, s.data, s.rows, s.cols, r, out.data());
     return out.data();
   }
   const uint8_t* row = s.data + static_cast<size_t>(r) * row_bytes(s.type, s.cols);
