@@ -364,7 +364,8 @@ template <class Scan>
 auto with_head(const py::buffer& data, int64_t rows, int64_t cols, const FloatArray& x, bool fine, Scan scan) {
   py::buffer_info view = data.request();
   const HostTensor t = tensor_of("head", py::make_tuple("Q8_0", py::make_tuple(rows, cols), data), view);
-  GEMMA_CHECK(x.ndim() == 2 && x.shape(1) == cols, "x must be [m, ", cols, "]");
+  GEMMA_CHECK(x.ndim() == 2 && x.shape(1) == cols && x.shape(0) >= 1 && x.shape(0) <= kActChunk, "x must be [m, ", cols,
+              "], m from 1 to ", kActChunk);
   ThreadPool pool(2);
   const auto w = load_cpu_matrix(pool, t, t.type, {});
   w->fine = fine;
@@ -385,8 +386,9 @@ std::vector<int64_t> test_reachable(const py::buffer& data, int64_t rows, int64_
 std::pair<std::vector<float>, std::vector<float>> test_bounds(const py::buffer& data, int64_t rows, int64_t cols,
                                                               const FloatArray& x, bool fine,
                                                               const std::vector<uint32_t>& apart) {
-  GEMMA_CHECK(static_cast<int64_t>(apart.size()) == (rows + kPanel - 1) / kPanel, "apart must have an entry a panel");
   return with_head(data, rows, cols, x, fine, [&](ThreadPool& pool, const Activations& acts, const CpuMatrix& w) {
+    GEMMA_CHECK(static_cast<int64_t>(apart.size()) == (w.rows + kPanel - 1) / kPanel,
+                "apart must have an entry a panel");
     HeadBounds bounds = head_bounds(kernels(), pool, acts, w, apart);
     return std::make_pair(std::move(bounds.low), std::move(bounds.high));
   });

@@ -2,7 +2,7 @@
 //
 // A tiled matrix is a sequence of panels of 32 weight rows (the last one padded with rows of zeros). A panel walks K
 // in units of 32 (Q8_0 Q4_0 Q4_1 Q5_0 Q5_1) or 256 (Q4_K Q5_K Q6_K), so that a SIMD lane owns a weight row and one
-// sequential read feeds 32 rows. Values are re-laid, never re-quantised: untiling gives the file's bytes back.
+// sequential read (two for Q8_0) feeds 32 rows. Values are re-laid, never re-quantised: untiling gives the file's bytes back.
 //
 // Planes of one block of 32 along K, r = row within 16, h = row / 16, k = 4 * k4 + kk:
 //   4-bit   [8 k4][16 r][4 kk]              low nibble: row r, high nibble: row r + 16              512 bytes

@@ -14,7 +14,7 @@ namespace gemma {
 struct HeadBounds {
   std::vector<float> low, high;
 };
-// apart[panel]: a bit for each of its rows that does not count.
+// apart[panel]: a bit for each of its rows that does not count. x: one chunk of rows at most.
 static_assert(kPanel == 32, "a bit a row");
 HeadBounds head_bounds(const Kernels& kernels, ThreadPool& pool, const Activations& x, const CpuMatrix& head,
                        const std::vector<uint32_t>& apart);

@@ -1,6 +1,8 @@
 // The scan of a Q8_0 head by the high halves of its values, see head.h. Part of kernels-inl.h.
 #pragma once
 
+#include "products-inl.h"
+
 namespace gemma {
 namespace GEMMA_ISA {
 
@@ -44,9 +46,11 @@ void scan_panel(const uint8_t* units, int64_t blocks, const QuantActs& a, const 
     for (int g = 0; g < kGroups; ++g) {
       const F margin = V::sqrt(sums.margin[g]);
       const F left_out = V::to_float(V::and_i(V::set_i(static_cast<int32_t>(skip >> g * W)), V::load_i(kBits)));
-      // A row without a number is no measure for the others: `max` takes its second operand then.
+      // A row without a number is no measure for the others (`max` takes its second operand then), and may itself be the best.
+      F up = V::add(sums.estimate[g], margin);
+      up = V::less(nothing, up, up, V::set(INFINITY));
       lo = V::max(V::less(V::zero(), left_out, nothing, V::sub(sums.estimate[g], margin)), lo);
-      hi = V::max(V::less(V::zero(), left_out, nothing, V::add(sums.estimate[g], margin)), hi);
+      hi = V::max(V::less(V::zero(), left_out, nothing, up), hi);
     }
     low[i * ld] = V::max_of(lo);
     high[i * ld] = V::max_of(hi);

@@ -181,7 +181,7 @@ std::unique_ptr<GpuMatrix> load_gpu_matrix(const std::shared_ptr<Device>& device
         device->upload(m->memory.data() + at[i] + strides[i] * static_cast<size_t>(first), stage[i].data(),
                        strides[i] * static_cast<size_t>(count));
     device->wait("upload of weights");
-    // Panels of a tiled source have their rows' bytes in them, up to padding.
+    // What a slice of rows used up of a tiled source is no one run of bytes.
     if (consumed && !s.tiled)
       consumed(s.name, static_cast<size_t>(first) * in_row, static_cast<size_t>(first + count) * in_row);
   }
