@@ -340,38 +340,39 @@ py::dict packed(const std::shared_ptr<PyModel>& m) {
 
 // ---- entry points for tests: single kernels ----------------------------------------------------------------------------
 
-// y[m, rows] = x W^T with W's encoded rows, as a Model would compute it. The output starts as NaN.
-py::array_t<float> test_product(const std::string& type, const py::buffer& data, int64_t rows, int64_t cols,
-                                const FloatArray& x, int threads, bool fine) {
+// use(pool, activations, matrix) for a matrix of encoded rows, loaded as a Model would, and x[m, cols]
+template <class Use>
+auto with_matrix(const std::string& type, const py::buffer& data, int64_t rows, int64_t cols, const FloatArray& x,
+                 int threads, bool fine, Use use) {
   py::buffer_info view = data.request();
-  HostTensor t = tensor_of("product", py::make_tuple(type, py::make_tuple(rows, cols), data), view);
+  const HostTensor t = tensor_of("matrix", py::make_tuple(type, py::make_tuple(rows, cols), data), view);
   GEMMA_CHECK(x.ndim() == 2 && x.shape(1) == cols, "x must be [m, ", cols, "]");
   ThreadPool pool(threads);
   const auto w = load_cpu_matrix(pool, t, encoding(t.type).quantized ? t.type : DType::BF16, {});
   w->fine = fine;
-  const int64_t m = x.shape(0);
-  py::array_t<float> y({m, rows});
-  std::fill(y.mutable_data(), y.mutable_data() + m * rows, NAN);
-  Activations acts;
-  const float* xd = x.data();
-  acts.prepare(kernels(), pool, {w.get()}, m, cols, [&](int64_t i, float*) { return xd + i * cols; });
-  matmul(kernels(), pool, acts, {{w.get(), y.mutable_data(), rows}});
-  return y;
-}
-
-// scan(pool, activations, matrix) for a Q8_0 head and x[m, cols]
-template <class Scan>
-auto with_head(const py::buffer& data, int64_t rows, int64_t cols, const FloatArray& x, bool fine, Scan scan) {
-  py::buffer_info view = data.request();
-  const HostTensor t = tensor_of("head", py::make_tuple("Q8_0", py::make_tuple(rows, cols), data), view);
-  GEMMA_CHECK(x.ndim() == 2 && x.shape(1) == cols && x.shape(0) >= 1 && x.shape(0) <= kActChunk, "x must be [m, ", cols,
-              "], m from 1 to ", kActChunk);
-  ThreadPool pool(2);
-  const auto w = load_cpu_matrix(pool, t, t.type, {});
-  w->fine = fine;
   Activations acts;
   acts.prepare(kernels(), pool, {w.get()}, x.shape(0), cols, [&](int64_t i, float*) { return x.data() + i * cols; });
-  return scan(pool, acts, *w);
+  return use(pool, acts, *w);
+}
+
+// y[m, rows] = x W^T. The output starts as NaN.
+py::array_t<float> test_product(const std::string& type, const py::buffer& data, int64_t rows, int64_t cols,
+                                const FloatArray& x, int threads, bool fine) {
+  return with_matrix(type, data, rows, cols, x, threads, fine,
+                     [&](ThreadPool& pool, const Activations& acts, const CpuMatrix& w) {
+                       py::array_t<float> y({acts.n, w.rows});
+                       std::fill(y.mutable_data(), y.mutable_data() + acts.n * w.rows, NAN);
+                       matmul(kernels(), pool, acts, {{&w, y.mutable_data(), w.rows}});
+                       return y;
+                     });
+}
+
+// The same for a Q8_0 head and the rows of one chunk.
+template <class Use>
+auto with_head(const py::buffer& data, int64_t rows, int64_t cols, const FloatArray& x, bool fine, Use use) {
+  GEMMA_CHECK(x.ndim() == 2 && x.shape(0) >= 1 && x.shape(0) <= kActChunk, "x must have from 1 to ", kActChunk,
+              " rows");
+  return with_matrix("Q8_0", data, rows, cols, x, 2, fine, use);
 }
 
 // The panels that HeadScan leaves for the k best products.
