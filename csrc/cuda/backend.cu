@@ -105,6 +105,7 @@ class CudaBackend final : public Backend {
     heads_a_group_ = count(c.num_heads / c.num_kv_heads);
     const int64_t E = c.head_dim, e = round_up(E, 16), heads = c.num_heads + 2 * c.num_kv_heads;
     const int64_t widest = round_up(std::max({c.hidden_size, c.intermediate_size, c.num_heads * E}), 32);
+    matvec_scratch_ = reserve(static_cast<int64_t>(matvec_scratch_bytes(widest)));
     const size_t block = attend_shared_bytes(heads_a_group_, count(e));
     if (block > device_->shared_limit())
       throw std::runtime_error(device_->name() + ": attention with head_dim " + std::to_string(E) + " and " +
@@ -351,6 +352,7 @@ class CudaBackend final : public Backend {
       a.cols = count(cols);
       a.norm = norm;
       a.eps = eps;
+      a.scratch = matvec_scratch_.data();
       const DType type = targets[i].w->type;
       for (; i < targets.size() && targets[i].w->type == type; ++i)
         a.parts[a.count++] = {targets[i].w->planes, targets[i].out, targets[i].stride};
@@ -475,7 +477,8 @@ class CudaBackend final : public Backend {
   int heads_a_group_ = 1;
   std::once_flag shaped_;
   std::vector<KvLayer> kv_;  // a layer each
-  Memory inputs_, tiles_, qkv_, y_, gate_, up_, packed_, packed_hidden_, logits_, candidates_, results_, partial_;
+  Memory inputs_, tiles_, qkv_, y_, gate_, up_, packed_, packed_hidden_, logits_, candidates_, results_, partial_,
+      matvec_scratch_;
   std::vector<uint8_t> host_;                              // what goes to inputs_ or comes from results_
   std::map<std::pair<float, float>, Memory> frequencies_;  // by base and scale
   // Of the pass that runs.

@@ -68,7 +68,20 @@ GEMMA_HOST_DEVICE uint16_t bf16_of(float f) {
 }
 GEMMA_HOST_DEVICE float float_of_bf16(uint16_t b) { return bits_float(static_cast<uint32_t>(b) << 16); }
 GEMMA_HOST_DEVICE uint32_t bf16_pair(float low, float high) {
+#if defined(__CUDA_ARCH__)
+  uint32_t r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+#else
   return bf16_of(low) | static_cast<uint32_t>(bf16_of(high)) << 16;
+#endif
+}
+// Of an integer of at most 8 significant bits.
+GEMMA_HOST_DEVICE constexpr uint32_t bf16_bits_of_integer(int i) {
+  const uint32_t sign = i < 0 ? 0x8000 : 0, magnitude = static_cast<uint32_t>(i < 0 ? -i : i);
+  uint32_t exponent = 0;
+  while (magnitude >> exponent > 1) ++exponent;
+  return sign | (127 + exponent) << 7 | (magnitude << 7 >> exponent & 127);
 }
 // Exact for every half, the subnormal ones too.
 GEMMA_HOST_DEVICE float float_of_half(uint16_t h) {
@@ -111,6 +124,12 @@ GEMMA_DEVICE Word4 load_stream(const void* p) {
 }
 
 GEMMA_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t s) { return __byte_perm(a, b, s); }
+// Two sums of bf16 values, rounded to nearest even.
+GEMMA_DEVICE uint32_t add_pairs(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(0x3f803f80u), "r"(b));
+  return r;
+}
 
 // d += a b: a 16 x 16 and b 16 x 8 bf16 fragments, d 16 x 8 float32 (PTX's layout of mma.m16n8k16).
 GEMMA_DEVICE void mma(float* d, const uint32_t* a, const uint32_t* b) {
@@ -158,7 +177,6 @@ GEMMA_DEVICE void wait_for_previous() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-GEMMA_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 #else
 // ---- the emulation -----------------------------------------------------------------------------------------------------
@@ -230,6 +248,11 @@ inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t s) {
   return r;
 }
 
+inline uint32_t add_pairs(uint32_t a, uint32_t b) {
+  auto half = [](uint32_t x, int i) { return float_of_bf16(static_cast<uint16_t>(x >> 16 * i)); };
+  return bf16_pair(half(a, 0) + half(b, 0), half(a, 1) + half(b, 1));
+}
+
 inline void mma(float* d, const uint32_t* a, const uint32_t* b) {
   struct Operands {
     float* d;
@@ -298,7 +321,6 @@ inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c);
 
 inline void allow_next() {}
 inline void wait_for_previous() { emulator::wait_for_previous(); }
-inline void prefetch(const void* p) { (void)*static_cast<const volatile uint8_t*>(p); }
 #endif
 
 // The start of a kernel that has nothing to do before its inputs are there.

@@ -62,7 +62,9 @@ struct MatvecArgs {
   int n = 0, cols = 0;
   const float* norm = nullptr;  // x is normed by it first; null: taken as it is
   float eps = 0;
+  uint8_t* scratch = nullptr;  // matvec_scratch_bytes(cols): for more rows than one
 };
+size_t matvec_scratch_bytes(int64_t cols);
 void matvec(Device& d, DType type, const MatvecArgs& a);
 
 // ---- matmul.cu ----

@@ -18,7 +18,8 @@ struct Strides {
 };
 
 Strides strides_of(DType t, int64_t k) {
-  const int64_t n = (k + piece_values(t) - 1) / piece_values(t);
+  int64_t n = (k + piece_values(t) - 1) / piece_values(t);
+  if (t != DType::BF16) n = (n + 3) / 4 * 4;
   const size_t p = static_cast<size_t>(n);
   Strides s{n, 16 * p, 0, high_bytes(t) * p, 0, 0};
   if (t == DType::Q8_0) s.more = 16 * p;
@@ -29,76 +30,86 @@ Strides strides_of(DType t, int64_t k) {
   return s;
 }
 
-uint32_t load_word(const uint8_t* p) {
-  uint32_t w;
-  std::memcpy(&w, p, 4);
-  return w;
-}
-
-// Values 0 to 31 of piece j of a file's block, as low nibbles and high bits.
-void split_block(DType t, const uint8_t* block, int j, uint8_t* low, uint8_t* high) {
-  uint8_t v[32];
-  if (t == DType::Q4_K || t == DType::Q5_K) {
-    const uint8_t* q = block + (t == DType::Q4_K ? 16 : 48) + 32 * (j / 2);
-    for (int i = 0; i < 32; ++i) v[i] = q[i] >> 4 * (j % 2) & 15;
-    if (t == DType::Q5_K)
-      for (int i = 0; i < 32; ++i) v[i] |= (block[16 + i] >> j & 1) << 4;
-  } else {  // Q6_K
-    const uint8_t* ql = block + 64 * (j / 4) + 32 * (j % 2);
-    const uint8_t* qh = block + 128 + 32 * (j / 4);
-    for (int i = 0; i < 32; ++i) v[i] = (ql[i] >> 4 * (j % 4 / 2) & 15) | (qh[i] >> 2 * (j % 4) & 3) << 4;
-  }
-  for (int i = 0; i < 16; ++i) low[i] = static_cast<uint8_t>((v[i] & 15) | (v[i + 16] & 15) << 4);
-  if (t == DType::Q5_K) {
-    std::memset(high, 0, 4);
-    for (int i = 0; i < 32; ++i) high[i / 8] |= static_cast<uint8_t>((v[i] >> 4) << i % 8);
-  }
-  if (t == DType::Q6_K) {
-    std::memset(high, 0, 8);
-    for (int i = 0; i < 32; ++i) high[i / 4] |= static_cast<uint8_t>((v[i] >> 4) << 2 * (i % 4));
+// Values 0 to 31 of piece j of a file's block: without offset, minimum and scale.
+void values_of(DType t, const uint8_t* block, int j, uint8_t* v) {
+  const Encoding& e = encoding(t);
+  switch (t) {
+    case DType::Q8_0:
+      for (int i = 0; i < 32; ++i) v[i] = block[2 + i] ^ 0x80;
+      break;
+    case DType::Q4_K:
+    case DType::Q5_K: {
+      const uint8_t* q = block + (t == DType::Q4_K ? 16 : 48) + 32 * (j / 2);
+      for (int i = 0; i < 32; ++i) v[i] = q[i] >> 4 * (j % 2) & 15;
+      if (t == DType::Q5_K)
+        for (int i = 0; i < 32; ++i) v[i] |= (block[16 + i] >> j & 1) << 4;
+      break;
+    }
+    case DType::Q6_K: {
+      const uint8_t* ql = block + 64 * (j / 4) + 32 * (j % 2);
+      const uint8_t* qh = block + 128 + 32 * (j / 4);
+      for (int i = 0; i < 32; ++i) v[i] = (ql[i] >> 4 * (j % 4 / 2) & 15) | (qh[i] >> 2 * (j % 4) & 3) << 4;
+      break;
+    }
+    default: {  // Q4_0, Q4_1, Q5_0, Q5_1: nibbles stand last, high bits before them
+      const uint8_t* q = block + e.block_bytes - 16;
+      for (int i = 0; i < 16; ++i) {
+        v[i] = q[i] & 15;
+        v[i + 16] = q[i] >> 4;
+      }
+      if (high_bytes(t))
+        for (int i = 0; i < 32; ++i) v[i] |= (q[i / 8 - 4] >> i % 8 & 1) << 4;
+    }
   }
 }
 
 // One row as a file has it to its places in the planes.
 void lay_row(DType t, const uint8_t* row, int64_t k, const Strides& s, uint8_t* low, uint8_t* more, uint8_t* high,
              uint8_t* scales, uint8_t* super) {
+  std::memset(low, 0, s.low);
   if (t == DType::BF16) {
-    std::memset(low, 0, s.low);
     std::memcpy(low, row, static_cast<size_t>(k) * 2);
     return;
   }
+  if (s.more) std::memset(more, 0x80, s.more);
+  if (s.high) std::memset(high, 0, s.high);
+  if (s.scales) std::memset(scales, 0, s.scales);
   const Encoding& e = encoding(t);
   const int per = e.block / 32;
-  for (int64_t p = 0; p < s.pieces; ++p) {
-    const uint8_t* b = row + p / per * e.block_bytes;
-    switch (t) {
-      case DType::Q8_0:
-        std::memcpy(scales + 2 * p, b, 2);
-        for (int i = 0; i < 4; ++i) {
-          const uint32_t first = load_word(b + 2 + 4 * i) ^ 0x80808080u, last = load_word(b + 18 + 4 * i) ^ 0x80808080u;
-          std::memcpy(low + 16 * p + 4 * i, &first, 4);
-          std::memcpy(more + 16 * p + 4 * i, &last, 4);
+  for (int64_t p = 0; p < (k + 31) / 32; ++p) {
+    const uint8_t* block = row + p / per * e.block_bytes;
+    uint8_t v[32];
+    values_of(t, block, static_cast<int>(p % per), v);
+    const int64_t four = p / 4, b = p % 4;
+    for (int q = 0; q < 4; ++q) {
+      const uint8_t *x = v + 4 * q, *y = x + 16;
+      const int64_t word = four * 64 + q * 16 + b * 4;
+      for (int i = 0; i < 4; ++i) {
+        low[word + i] = t == DType::Q8_0 ? x[i] : static_cast<uint8_t>((x[i] & 15) | (y[i] & 15) << 4);
+        if (t == DType::Q8_0) more[word + i] = y[i];
+        if (high_bytes(t) == 4)
+          high[four * 16 + q * 4 + b] |= static_cast<uint8_t>(x[i] >> 4 << i | y[i] >> 4 << (i + 4));
+        if (high_bytes(t) == 8) {
+          high[four * 32 + q * 8 + b * 2] |= static_cast<uint8_t>(x[i] >> 4 << 2 * i);
+          high[four * 32 + q * 8 + b * 2 + 1] |= static_cast<uint8_t>(y[i] >> 4 << 2 * i);
         }
-        break;
-      case DType::Q4_0:
-      case DType::Q5_0:
-      case DType::Q4_1:
-      case DType::Q5_1: {
-        const int head = t == DType::Q4_0 || t == DType::Q5_0 ? 2 : 4;
-        std::memcpy(scales + head * p, b, head);
-        if (s.high) std::memcpy(high + 4 * p, b + head, 4);
-        std::memcpy(low + 16 * p, b + e.block_bytes - 16, 16);
-        break;
       }
+    }
+    switch (t) {
+      case DType::Q4_1:
+      case DType::Q5_1:
+        std::memcpy(scales + 4 * p, block, 4);
+        break;
       case DType::Q4_K:
       case DType::Q5_K:
-        if (p % 8 == 0) std::memcpy(scales + 2 * p, b, 16);
-        split_block(t, b, static_cast<int>(p % 8), low + 16 * p, high + 4 * p);
+        if (p % 8 == 0) std::memcpy(scales + 2 * p, block, 16);
         break;
-      default:  // Q6_K
-        if (p % 8 == 0) std::memcpy(super + p / 4, b + 208, 2);
-        std::memcpy(scales + 2 * p, b + 192 + 2 * (p % 8), 2);
-        split_block(t, b, static_cast<int>(p % 8), low + 16 * p, high + 8 * p);
+      case DType::Q6_K:
+        if (p % 8 == 0) std::memcpy(super + p / 4, block + 208, 2);
+        std::memcpy(scales + 2 * p, block + 192 + 2 * (p % 8), 2);
+        break;
+      default:
+        std::memcpy(scales + 2 * p, block, 2);
     }
   }
 }
@@ -137,7 +148,8 @@ std::unique_ptr<GpuMatrix> load_gpu_matrix(const std::shared_ptr<Device>& device
   m->bytes = total;
   m->planes.rows = s.rows;
   m->planes.pieces = st.pieces;
-  for (int i = 0; i < 5; ++i) *places[i] = m->memory.data() + at[i];
+  for (int i = 0; i < 5; ++i)
+    if (strides[i]) *places[i] = m->memory.data() + at[i];
 
   const size_t in_row = row_bytes(s.type, s.cols), out_row = row_bytes(target, s.cols);
   // Whole panels, so that the source's pages can be given back as they are used up.

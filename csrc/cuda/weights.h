@@ -1,16 +1,17 @@
 // Weight matrices as the GPU reads them, and what their bits mean. Values are those of the file, never quantised again.
 //
-// A matrix is a few planes, each [rows][pieces]: a lane of a warp reads piece b of a row, the next lane piece b + 1, so that every
-// plane is read in contiguous 16-byte loads (scales and high bits in smaller ones, as contiguous). Pieces by type:
-//   BF16        8 values, 16 bytes; the last piece of a row is padded with zeros
-//   others      32 values:
-//     low       16 bytes: byte i holds the low nibbles of values i and i + 16; Q8_0: values 0 to 15, each + 128
-//     more      Q8_0: values 16 to 31, each + 128
-//     high      Q5: 4 bytes, bit i = bit 4 of value i; Q6_K: 8 bytes, bits 2i, 2i + 1 = bits 4, 5 of value i
-//     scales    Q8_0 Q4_0 Q5_0: half d; Q4_1 Q5_1: halves d, m; Q6_K: int8 of each half of the piece
-//               Q4_K Q5_K, for every 8 pieces: the file's 16 bytes: halves d, dmin, eight 6-bit scales and offsets
-//     super     Q6_K, for every 8 pieces: half d
-// The planes of a tensor together are as large as in its file, up to 256 bytes of alignment a plane.
+// A matrix is a few planes, each [rows][pieces]. BF16: a piece is 8 values, 16 bytes; the last one of a row is padded with zeros.
+// Others: a piece is 32 values, and four pieces stand together (rows are padded to whole fours with zeros), so that four neighbouring lanes,
+// q = 0 to 3, have in 16 bytes each what a fragment of m16n8k16 wants of them. Of a four, with b its pieces:
+//   low       [q][b] words: byte i holds the low nibbles of values 4q + i and 4q + i + 16; Q8_0: value 4q + i, + 128
+//   more      [q][b] words of Q8_0: byte i is value 4q + i + 16, + 128
+//   high      Q5: [q][b] bytes: bit i = bit 4 of value 4q + i, bit i + 4 of value 4q + i + 16
+//             Q6_K: [q][b] pairs of bytes: bits 2i, 2i + 1 = bits 4, 5 of value 4q + i; the second byte of value 4q + i + 16
+//   scales    of each piece in turn. Q8_0 Q4_0 Q5_0: half d; Q4_1 Q5_1: halves d, m; Q6_K: int8 of each half of the piece
+//             Q4_K Q5_K, for every 8 pieces: the file's 16 bytes: halves d, dmin, eight 6-bit scales and offsets
+//   super     Q6_K, for every 8 pieces: half d
+// The planes of a tensor together are as large as in its file where rows are multiples of 128 values, as those of all Gemmas are, up to 256
+// bytes of alignment a plane.
 #pragma once
 
 #include "../tensor.h"
@@ -34,7 +35,32 @@ GEMMA_HOST_DEVICE constexpr int high_bytes(DType t) {
   return t == DType::Q5_0 || t == DType::Q5_1 || t == DType::Q5_K ? 4 : t == DType::Q6_K ? 8 : 0;
 }
 
-// One piece in registers. value i = scale * (bits - offset) + minimum, with `second` the scale of values 16 to 31.
+// What values are made of: value i = scale * (bits - offset) + minimum, with `second` the scale of values 16 to 31 of a piece.
+struct Scales {
+  float scale = 1, second = 1, minimum = 0;
+};
+
+// Of piece j % 8 of the 16 bytes that eight pieces of Q4_K and Q5_K share.
+GEMMA_DEVICE Scales k_scales(const Word4& h, int j) {
+  const int b = j % 4 * 8;
+  const uint32_t first = h.y >> b, second = h.z >> b, third = h.w >> b;
+  const uint32_t sc = j < 4 ? first & 63 : (third & 15) | (first >> 6 & 3) << 4;
+  const uint32_t mn = j < 4 ? second & 63 : (third >> 4 & 15) | (second >> 6 & 3) << 4;
+  Scales s;
+  s.scale = s.second = float_of_half(static_cast<uint16_t>(h.x)) * static_cast<float>(sc);
+  s.minimum = -(float_of_half(static_cast<uint16_t>(h.x >> 16)) * static_cast<float>(mn));
+  return s;
+}
+// Of a piece of Q6_K: two int8, and the half that eight pieces share.
+GEMMA_DEVICE Scales q6_scales(uint32_t two, float d) {
+  Scales s;
+  s.scale = d * static_cast<float>(static_cast<int8_t>(two & 255));
+  s.second = d * static_cast<float>(static_cast<int8_t>(two >> 8 & 255));
+  return s;
+}
+
+// One piece in registers, its values in the order of the file: byte i of `low` holds the low nibbles of values i and i + 16 (Q8_0: value i,
+// `more` value i + 16), bit i of `high` bit 4 of value i (Q6_K: bits 2i, 2i + 1).
 template <DType T>
 struct Piece {
   Word4 low, more;
@@ -42,40 +68,56 @@ struct Piece {
   float scale, second, minimum;
 };
 
+// Word b of each of the four lanes of a four.
+GEMMA_DEVICE Word4 gather_words(const uint8_t* four, int b) {
+  const auto* w = reinterpret_cast<const uint32_t*>(four);
+  return {w[b], w[4 + b], w[8 + b], w[12 + b]};
+}
+
 template <DType T>
 GEMMA_DEVICE Piece<T> load_piece(const Planes& p, int64_t row, int64_t piece) {
   Piece<T> r;
   const int64_t at = row * p.pieces + piece;
-  r.low = load_stream(p.low + at * 16);
   r.scale = r.second = 1;
   r.minimum = 0;
-  if constexpr (T == DType::BF16) return r;
-  if constexpr (T == DType::Q8_0) r.more = load_stream(p.more + at * 16);
-  if constexpr (high_bytes(T) == 4) r.high.x = *reinterpret_cast<const uint32_t*>(p.high + at * 4);
-  if constexpr (high_bytes(T) == 8) r.high = *reinterpret_cast<const Word2*>(p.high + at * 8);
+  if constexpr (T == DType::BF16) {
+    r.low = load_stream(p.low + at * 16);
+    return r;
+  }
+  const int b = static_cast<int>(piece % 4);
+  const int64_t four = at - b;
+  r.low = gather_words(p.low + four * 16, b);
+  if constexpr (T == DType::Q8_0) r.more = gather_words(p.more + four * 16, b);
+  r.high = {0, 0};
+  GEMMA_UNROLL
+  for (int q = 0; q < 4; ++q) {
+    if constexpr (high_bytes(T) == 4) {
+      const uint32_t h = p.high[four * 4 + q * 4 + b];
+      r.high.x |= (h & 15) << 4 * q | (h >> 4) << (16 + 4 * q);
+    }
+    if constexpr (high_bytes(T) == 8) {
+      const uint32_t h = *reinterpret_cast<const uint16_t*>(p.high + four * 8 + q * 8 + b * 2);
+      r.high.x |= (h & 255) << 8 * q;
+      r.high.y |= (h >> 8) << 8 * q;
+    }
+  }
+  Scales s;
   if constexpr (T == DType::Q8_0 || T == DType::Q4_0 || T == DType::Q5_0)
-    r.scale = r.second = float_of_half(*reinterpret_cast<const uint16_t*>(p.scales + at * 2));
+    s.scale = s.second = float_of_half(*reinterpret_cast<const uint16_t*>(p.scales + at * 2));
   if constexpr (T == DType::Q4_1 || T == DType::Q5_1) {
     const uint32_t dm = *reinterpret_cast<const uint32_t*>(p.scales + at * 4);
-    r.scale = r.second = float_of_half(static_cast<uint16_t>(dm));
-    r.minimum = float_of_half(static_cast<uint16_t>(dm >> 16));
+    s.scale = s.second = float_of_half(static_cast<uint16_t>(dm));
+    s.minimum = float_of_half(static_cast<uint16_t>(dm >> 16));
   }
-  if constexpr (T == DType::Q4_K || T == DType::Q5_K) {
-    // Eight lanes share these 16 bytes.
-    const Word4 h = *reinterpret_cast<const Word4*>(p.scales + (row * (p.pieces / 8) + piece / 8) * 16);
-    const int j = static_cast<int>(piece % 8), b = j % 4 * 8;
-    const uint32_t first = h.y >> b, second = h.z >> b, third = h.w >> b;
-    const uint32_t sc = j < 4 ? first & 63 : (third & 15) | (first >> 6 & 3) << 4;
-    const uint32_t mn = j < 4 ? second & 63 : (third >> 4 & 15) | (second >> 6 & 3) << 4;
-    r.scale = r.second = float_of_half(static_cast<uint16_t>(h.x)) * static_cast<float>(sc);
-    r.minimum = -(float_of_half(static_cast<uint16_t>(h.x >> 16)) * static_cast<float>(mn));
-  }
-  if constexpr (T == DType::Q6_K) {
-    const uint32_t s = *reinterpret_cast<const uint16_t*>(p.scales + at * 2);
-    const float d = float_of_half(*reinterpret_cast<const uint16_t*>(p.super + (row * (p.pieces / 8) + piece / 8) * 2));
-    r.scale = d * static_cast<float>(static_cast<int8_t>(s & 255));
-    r.second = d * static_cast<float>(static_cast<int8_t>(s >> 8));
-  }
+  const int64_t eight = row * (p.pieces / 8) + piece / 8;
+  if constexpr (T == DType::Q4_K || T == DType::Q5_K)
+    s = k_scales(*reinterpret_cast<const Word4*>(p.scales + eight * 16), static_cast<int>(piece % 8));
+  if constexpr (T == DType::Q6_K)
+    s = q6_scales(*reinterpret_cast<const uint16_t*>(p.scales + at * 2),
+                  float_of_half(*reinterpret_cast<const uint16_t*>(p.super + eight * 2)));
+  r.scale = s.scale;
+  r.second = s.second;
+  r.minimum = s.minimum;
   return r;
 }
 
