@@ -581,6 +581,7 @@ def test_emulator_sees_faults() -> None:
         ("divergent warp", "only some of its lanes"),
         ("different operations", "one, another|another, one"),
         ("no wait", "did not wait"),
+        ("prefetch outside", "no memory of the device"),
     ):
         with pytest.raises(RuntimeError, match=message):
             run(fault, out)

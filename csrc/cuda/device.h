@@ -178,6 +178,8 @@ GEMMA_DEVICE void wait_for_previous() {
 #endif
 }
 
+GEMMA_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 #else
 // ---- the emulation -----------------------------------------------------------------------------------------------------
 
@@ -321,6 +323,7 @@ inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c);
 
 inline void allow_next() {}
 inline void wait_for_previous() { emulator::wait_for_previous(); }
+inline void prefetch(const void* p) { emulator::check_allocated(p); }
 #endif
 
 // The start of a kernel that has nothing to do before its inputs are there.

@@ -135,51 +135,78 @@ GEMMA_HOST_DEVICE int64_t padded(int64_t cols) { return (cols + kMostValues - 1)
 GEMMA_HOST_DEVICE int64_t split_bytes(int64_t cols, int rows) { return padded(cols) * rows * kParts * 2; }
 GEMMA_HOST_DEVICE int64_t sums_bytes(int64_t cols, int rows) { return padded(cols) / 32 * rows * kParts * 4; }
 
-// Row n of x to its columns, by a block; normed first where a.norm is there. Every launch does it alike, so that a row's bits are the same
-// in any company.
-GEMMA_DEVICE void split_row(const MatvecArgs& a, int n, bool bf16, bool minimum, float* scratch, const Split& to) {
-  const float* x = a.x + (a.pick ? a.pick[n] : n) * a.x_stride;
-  const float scale = a.norm ? inverse_rms(x, a.cols, a.eps, scratch) : 1.0f;
-  const bool aligned = a.cols % 4 == 0;
-  const int units = static_cast<int>(padded(a.cols)) / 4;
-  for (int u = thread_x(); u < units; u += kBlockThreads) {
-    float v[4] = {0, 0, 0, 0};
-    if (aligned && 4 * u < a.cols) {
-      const Float4 w = *reinterpret_cast<const Float4*>(x + 4 * u);
-      v[0] = w.x;
-      v[1] = w.y;
-      v[2] = w.z;
-      v[3] = w.w;
-    } else {
-      for (int i = 0; i < 4 && 4 * u + i < a.cols; ++i) v[i] = x[4 * u + i];
-    }
-    if (a.norm)
-      for (int i = 0; i < 4 && 4 * u + i < a.cols; ++i) v[i] = v[i] * scale * a.norm[4 * u + i];
-    if (minimum) {
-      float s = v[0] + v[1] + (v[2] + v[3]);
-      for (int m = 1; m < 8; m *= 2) s += shuffle_xor(s, m);
-      if (u % 8 < kParts) to.sums[u / 8 * to.columns + n * kParts + u % 8] = u % 8 ? 0.0f : s;
-    }
-    // Where `fragment` has these four: 16 values by 16, lane, and order within the lane.
-    const int at = bf16 ? u / 8 * 2 + u % 2 : u / 4, q = bf16 ? u % 8 / 2 : u % 4;
-    if (!bf16) {
-      const float w = v[1];
-      v[1] = v[2];
-      v[2] = w;
-    }
-    GEMMA_UNROLL
-    for (int p = 0; p < kParts; ++p) {
-      const Word2 part = {bf16_pair(v[0], v[1]), bf16_pair(v[2], v[3])};
-      *reinterpret_cast<Word2*>(to.units + ((at * to.columns + n * kParts + p) * 4 + q) * 4) = part;
-      v[0] -= bits_float(part.x << 16);
-      v[1] -= bits_float(part.x & 0xffff0000u);
-      v[2] -= bits_float(part.y << 16);
-      v[3] -= bits_float(part.y & 0xffff0000u);
-    }
+// Unit u of row n, four values that stand together, to its place. With `minimum` a warp's lanes have neighbouring units.
+GEMMA_DEVICE void split_unit(Float4 v, int u, int n, bool bf16, bool minimum, const Split& to) {
+  if (minimum) {
+    float s = v.x + v.y + (v.z + v.w);
+    for (int m = 1; m < 8; m *= 2) s += shuffle_xor(s, m);
+    if (u % 8 < kParts) to.sums[u / 8 * to.columns + n * kParts + u % 8] = u % 8 ? 0.0f : s;
+  }
+  // Where `fragment` has these four: 16 values by 16, lane, and order within the lane.
+  const int at = bf16 ? u / 8 * 2 + u % 2 : u / 4, q = bf16 ? u % 8 / 2 : u % 4;
+  float w[4] = {v.x, bf16 ? v.y : v.z, bf16 ? v.z : v.y, v.w};
+  uint16_t* unit = to.units + ((at * to.columns + n * kParts) * 4 + q) * 4;
+  GEMMA_UNROLL
+  for (int p = 0; p < kParts; ++p) {
+    const Word2 part = {bf16_pair(w[0], w[1]), bf16_pair(w[2], w[3])};
+    *reinterpret_cast<Word2*>(unit + p * 16) = part;
+    w[0] -= bits_float(part.x << 16);
+    w[1] -= bits_float(part.x & 0xffff0000u);
+    w[2] -= bits_float(part.y << 16);
+    w[3] -= bits_float(part.y & 0xffff0000u);
   }
 }
 
-// Bytes: x twice (once from L2), its parts once. Layout: a block a row.
+// Four values of x[cols] from 4 u on, zeros past its end.
+GEMMA_DEVICE Float4 load_unit(const float* x, int u, int cols) {
+  if (cols % 4 == 0) return 4 * u < cols ? *reinterpret_cast<const Float4*>(x + 4 * u) : Float4{0, 0, 0, 0};
+  auto at = [&](int i) { return i < cols ? x[i] : 0.0f; };
+  return {at(4 * u), at(4 * u + 1), at(4 * u + 2), at(4 * u + 3)};
+}
+
+// Row n of x to its columns, by a block; normed first where a.norm is there. Every launch does it alike, so that a row's bits are the same
+// in any company. Eight loads are in flight a thread; stores come after them, since the compiler cannot know that they hit other memory.
+GEMMA_DEVICE void split_row(const MatvecArgs& a, int n, bool bf16, bool minimum, float* scratch, const Split& to) {
+  constexpr int kUnits = 8, kStep = kUnits * kBlockThreads;
+  const float* x = a.x + (a.pick ? a.pick[n] : n) * a.x_stride;
+  const int units = static_cast<int>(padded(a.cols)) / 4;
+  Float4 v[kUnits];
+  auto load = [&](int from) {
+    GEMMA_UNROLL
+    for (int i = 0; i < kUnits; ++i) v[i] = load_unit(x, from + i * kBlockThreads, a.cols);
+  };
+  load(thread_x());
+  float scale = 1;
+  if (a.norm) {
+    float s = 0;
+    for (int from = thread_x();; load(from)) {
+      GEMMA_UNROLL
+      for (int i = 0; i < kUnits; ++i)
+        s = multiply_add(v[i].x, v[i].x,
+                         multiply_add(v[i].y, v[i].y, multiply_add(v[i].z, v[i].z, multiply_add(v[i].w, v[i].w, s))));
+      from += kStep;
+      if (from >= units) break;
+    }
+    scale = 1.0f / sqrtf(block_sum(s, scratch) / static_cast<float>(a.cols) + a.eps);
+    if (units > kStep) load(thread_x());
+  }
+  for (int from = thread_x(); from < units;) {
+    if (a.norm) {
+      GEMMA_UNROLL
+      for (int i = 0; i < kUnits; ++i) {
+        const Float4 w = load_unit(a.norm, from + i * kBlockThreads, a.cols);
+        v[i] = {v[i].x * scale * w.x, v[i].y * scale * w.y, v[i].z * scale * w.z, v[i].w * scale * w.w};
+      }
+    }
+    GEMMA_UNROLL
+    for (int i = 0; i < kUnits; ++i)
+      if (from + i * kBlockThreads < units) split_unit(v[i], from + i * kBlockThreads, n, bf16, minimum, to);
+    from += kStep;
+    if (from < units) load(from);
+  }
+}
+
+// Bytes: x once, its parts once. Layout: a block a row.
 GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4) split_kernel(MatvecArgs a, bool bf16, bool minimum, Split to) {
   start();
   GEMMA_SHARED(float, scratch, 9);
@@ -338,6 +365,7 @@ GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 2) matvec_kernel(MatvecArgs a, Split x)
   int64_t group = block_x();
   locate(group);
   load(warp());  // weights do not depend on the kernel before
+  if (kOne && a.norm && thread_x() * 32 < a.cols) prefetch(a.norm + thread_x() * 32);
   wait_for_previous();
   if constexpr (kOne) {
     GEMMA_SHARED(float, scratch, 9);

@@ -56,6 +56,8 @@ void launch(const char* name, Dim grid, int threads, size_t shared_bytes, const 
 void* allocate(size_t bytes);  // null when the limit is reached
 void release(void* p);
 size_t allocated();
+// An error of the kernel where p lies in no allocation: a GPU would not fail, but look for the page at length.
+void check_allocated(const void* p);
 int64_t launches();
 // What the host asks of the device. A kernel counts as a launch where it is not part of a graph.
 enum class Asked { launch, replay, upload, download };
