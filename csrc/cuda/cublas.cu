@@ -156,7 +156,7 @@ std::unique_ptr<Cublas::Plan> Cublas::plan(const MatmulArgs& a) {
 }
 
 bool Cublas::matmul(Device& d, const MatmulArgs& a) {
-  auto& p = plans_[{a.w.rows, a.m, a.k, a.stride}];
+  auto& p = plans_[{a.w.rows, a.w.pieces, a.m, a.k, a.stride}];
   if (!p) p = plan(a);
   if (!p->usable) return false;
   const float one = 1, beta = a.add ? 1 : 0;

@@ -30,7 +30,9 @@ class Cublas {
   std::unique_ptr<Library> library_;
   void* handle_ = nullptr;
   Memory workspace_;
-  std::map<std::tuple<int64_t, int, int, int64_t>, std::unique_ptr<Plan>> plans_;  // by rows of W, m, k, stride
+  // By rows and pieces of W, m, k, stride. Both k, where a row of x ends, and pieces, where one of W does: matrices of 168 and of 192
+  // columns have the same k.
+  std::map<std::tuple<int64_t, int64_t, int, int, int64_t>, std::unique_ptr<Plan>> plans_;
 };
 
 }  // namespace gemma::gpu
