@@ -6,7 +6,11 @@ namespace gemma::gpu {
 
 namespace {
 
-constexpr int kThreads = 128, kWarps = kThreads / 32;
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kKeys = 8, kSlices = 32 / kKeys;  // scores: keys a warp, parts of a key's dimensions
+constexpr int kStep = 8;                        // values: keys at a time
+static_assert(kSplit == kKeys * kWarps);
+constexpr int kFewBlocks = 128;  // about the multiprocessors of a GPU
 
 // The splits [first, last] that a row sees.
 struct Range {
@@ -21,12 +25,31 @@ GEMMA_DEVICE Range range_of(int position, int window) {
   return r;
 }
 
-template <class T>
-GEMMA_DEVICE float to_float(T v) {
-  if constexpr (sizeof(T) == 2)
-    return float_of_bf16(v);
-  else
-    return v;
+// kCount neighbours of a row of keys or values as floats, by one load.
+template <int kCount>
+GEMMA_DEVICE void load_floats(const uint16_t* from, float* v) {
+  uint32_t w[kCount / 2];
+  if constexpr (kCount == 8) {
+    const Word4 four = *reinterpret_cast<const Word4*>(from);
+    w[0] = four.x, w[1] = four.y, w[2] = four.z, w[3] = four.w;
+  } else {
+    w[0] = *reinterpret_cast<const uint32_t*>(from);
+  }
+  GEMMA_UNROLL
+  for (int i = 0; i < kCount / 2; ++i) {
+    v[2 * i] = bits_float(w[i] << 16);
+    v[2 * i + 1] = bits_float(w[i] & 0xffff0000u);
+  }
+}
+template <int kCount>
+GEMMA_DEVICE void load_floats(const float* from, float* v) {
+  if constexpr (kCount == 4) {
+    const Float4 four = *reinterpret_cast<const Float4*>(from);
+    v[0] = four.x, v[1] = four.y, v[2] = four.z, v[3] = four.w;
+  } else {
+    const Float2 two = *reinterpret_cast<const Float2*>(from);
+    v[0] = two.x, v[1] = two.y;
+  }
 }
 template <class T>
 GEMMA_DEVICE T from_float(float v) {
@@ -36,132 +59,212 @@ GEMMA_DEVICE T from_float(float v) {
     return v;
 }
 
-// Partial softmax of one row's query heads of a group over 64 keys. Bytes: the split's keys and values once for all heads of the
-// group; writes e + 2 floats a head. Where q is not given, the kernel norms and rotates it itself (each block again), and the block
-// that has the row's own position does so with its key and puts key and value into the cache.
-// Layout: block (split, group, row); K and V come to shared memory by cp.async (float32: V takes K's place); a warp takes every 4th
-// head: a lane scores keys l and l + 32, then owns every 32nd run of 16 bytes of the values.
-template <class T>
-GEMMA_KERNEL GEMMA_BOUNDS(kThreads, 3) attend_kernel(AttentionArgs a) {
-  start();
+// Partial softmax of query heads of a row and group over 64 keys. Bytes: the split's keys and values once for all heads of the block;
+// writes e + 2 floats a head, or the finished head where no row has a second split. Where q is not given, the kernel norms and rotates it
+// itself (each block again), and so does each block that has the row's own position with its key; the group's first puts key and value
+// into the cache.
+// Layout: block (split, heads of a group, row); K and V come to shared memory by cp.async (float32: V takes K's place). Scores: a lane has
+// a quarter of a key's 16-byte runs, a warp 8 keys, so that 8 lanes' runs meet all banks once. Softmax: a warp a head. Values: a thread
+// has two dimensions of all keys. Both take kTile heads at a time, so that a key is read and made float32 once for them.
+template <class T, int kTile>
+GEMMA_KERNEL GEMMA_BOUNDS(kThreads, 2) attend_kernel(AttentionArgs a) {
   constexpr int kVec = 16 / sizeof(T);
   constexpr bool kTwo = sizeof(T) == 2;
+  static_assert(kTile <= kSlices);
+  allow_next();
+  if (a.q) wait_for_previous();
+  // A decode step's kernels write neither its rows nor, before this one, the layer's cache: reading both need not wait for them.
   const int64_t n = block_z();
-  const int group = block_y(), heads = a.H / a.kv.groups, e = a.kv.e;
+  const int heads = a.heads, first_head = block_y() * heads, group_heads = a.H / a.kv.groups, e = a.kv.e, E = a.E;
+  const int group = first_head / group_heads;
   const Row row = a.rows[n];
   const Range r = range_of(row.position, a.window);
   const int split = r.first + block_x();
-  if (split > r.last) return;
+  if (split > r.last) {
+    if (!a.q) wait_for_previous();
+    return;
+  }
   const int begin = split * kSplit;
   const int low = r.low > begin ? r.low - begin : 0, high = r.high - begin < kSplit - 1 ? r.high - begin : kSplit - 1;
+  const int start_key = low / kStep * kStep;
 
   GEMMA_DYNAMIC_SHARED(dynamic);
-  const int pitch = e + kVec;  // rows of 16-byte runs, shifted by one: a run of neighbouring rows meets all banks
+  const int pitch = e + kVec;  // an odd number of 16-byte runs: the same run of 8 neighbouring rows meets all banks
   T* keys = reinterpret_cast<T*>(dynamic);
   T* values = kTwo ? keys + kSplit * pitch : keys;
   auto* q = reinterpret_cast<float*>(values + kSplit * pitch);  // [heads][e]
-  float* p = q + heads * e;                                     // [heads][64]
+  float* p = q + heads * e;                                     // [heads][64]: scores, then weights
+  float* turns = p + heads * kSplit;                            // cosines, then sines, of the row's angles
+  float* sums = turns + e;                                      // [heads]
 
   const RopeArgs& rope = a.rope;
   const bool own = !a.q && split == r.last;  // the row's own key and value, number `high`, are not in the cache yet
-  const float* qkv = rope.qkv + n * (a.H + 2 * a.kv.groups) * a.E;
-  auto fetch = [&](bool is_value, T* to) {
-    T* cache = reinterpret_cast<T*>(kv_at(a.kv, row, is_value, group, begin));
-    const int runs = e / kVec, old = own ? high : high + 1;
-    for (int i = thread_x(); i < old * runs; i += kThreads)
-      copy16(to + i / runs * pitch + i % runs * kVec, cache + static_cast<int64_t>(i / runs) * e + i % runs * kVec, 16);
-    copy_commit();
-    if (own && warp() == (is_value ? 1 : 0)) {
-      auto put = [&](int i, float v) {
-        to[high * pitch + i] = cache[static_cast<int64_t>(high) * e + i] = from_float<T>(v);
-      };
-      rotate_head(qkv + (a.H + (is_value ? a.kv.groups : 0) + group) * a.E, is_value ? nullptr : rope.k_norm,
-                  is_value ? nullptr : rope.frequency, row.position, a.E, rope.eps, put);
-      for (int i = a.E + lane(); i < e; i += 32) put(i, 0);
+  T* cached_keys = reinterpret_cast<T*>(kv_at(a.kv, row, false, group, begin));
+  T* cached_values = reinterpret_cast<T*>(kv_at(a.kv, row, true, group, begin));
+  // Rows of a step that are not seen become zeros: whole steps are taken, and what was never written may be NaN.
+  auto fetch = [&](const T* from, T* to) {
+    const int old = own ? high : high + 1, end = high / kStep * kStep + kStep;
+    for (int key = start_key + warp(); key < end; key += kWarps) {
+      if (own && key == high) continue;
+      for (int d = lane() * kVec; d < e; d += 32 * kVec)
+        copy16(to + key * pitch + d, from + key * e + d, key >= low && key < old ? 16 : 0);
     }
+    copy_commit();
   };
-  fetch(false, keys);
-  if (kTwo) fetch(true, values);
-  for (int h = warp(); h < heads; h += kWarps) {
-    const int head = group * heads + h;
-    if (a.q)
-      for (int d = lane(); d < a.E; d += 32) q[h * e + d] = a.q[(n * a.H + head) * a.E + d];
-    else
-      rotate_head(qkv + head * a.E, rope.q_norm, rope.frequency, row.position, a.E, rope.eps,
+  auto own_to = [&](T* to, T* cache) {
+    const bool store = first_head % group_heads == 0;
+    return [=](int i, float v) {
+      to[high * pitch + i] = from_float<T>(v);
+      if (store) cache[high * e + i] = from_float<T>(v);
+    };
+  };
+  auto own_value = [&] {
+    if (!own) return;
+    const float* value = rope.qkv + (n * (a.H + 2 * a.kv.groups) + a.H + a.kv.groups + group) * E;
+    const auto put = own_to(values, cached_values);
+    for (int i = thread_x(); i < e; i += kThreads) put(i, i < E ? value[i] : 0.0f);
+  };
+  fetch(cached_keys, keys);
+  if (kTwo) fetch(cached_values, values);
+  if (a.q) {
+    for (int h = 0; h < heads; ++h)
+      for (int d = thread_x(); d < e; d += kThreads)
+        q[h * e + d] = d < E ? a.q[(n * a.H + first_head + h) * E + d] : 0.0f;
+  } else {
+    for (int i = thread_x(); i < E; i += kThreads) {
+      const float angle = angle_of(row.position, rope.frequency[i < E / 2 ? i : i - E / 2]);
+      turns[i] = i < E / 2 ? cosf(angle) : sinf(angle);
+    }
+    sync_block();
+    wait_for_previous();
+    if (kTwo) own_value();
+    const auto turn = [&](int i) { return Turn{turns[i], turns[i + E / 2]}; };
+    const float* qkv = rope.qkv + n * (a.H + 2 * a.kv.groups) * E;
+    for (int h = warp(); h < heads + own; h += kWarps) {
+      if (h == heads) {
+        const auto put = own_to(keys, cached_keys);
+        rotate_head(qkv + (a.H + group) * E, rope.k_norm, E, rope.eps, turn, put);
+        for (int d = E + lane(); d < e; d += 32) put(d, 0);
+        continue;
+      }
+      rotate_head(qkv + (first_head + h) * E, rope.q_norm, E, rope.eps, turn,
                   [&](int i, float v) { q[h * e + i] = v * rope.query_scale; });
-    for (int d = a.E + lane(); d < e; d += 32) q[h * e + d] = 0;
+      for (int d = E + lane(); d < e; d += 32) q[h * e + d] = 0;
+    }
   }
   copy_wait<kTwo ? 1 : 0>();
   sync_block();
 
-  float top[2], score[2];
-  for (int h = warp(); h < heads; h += kWarps) {
-    const float* qh = q + h * e;
+  // A tile's heads; those behind the last are the last again.
+  const auto head_of = [&](int h) { return h < heads ? h : heads - 1; };
+  const int key = warp() * kKeys + lane() % kKeys, slice = lane() / kKeys;
+  const bool any = warp() * kKeys <= high && warp() * kKeys + kKeys > low;
+  for (int first = 0; first < heads; first += kTile) {
+    float even[kTile], odd[kTile], score = 0;
     GEMMA_UNROLL
-    for (int j = 0; j < 2; ++j) {
-      const int key = lane() + 32 * j;
-      score[j] = -INFINITY;
-      if (key < low || key > high) continue;
-      const T* k = keys + key * pitch;
-      float s = 0;
-      for (int d = 0; d < e; d += kVec) {
-        alignas(16) T v[kVec];
-        *reinterpret_cast<Word4*>(v) = *reinterpret_cast<const Word4*>(k + d);
+    for (int j = 0; j < kTile; ++j) even[j] = odd[j] = 0;
+    if (any) {
+      for (int d = slice * kVec; d < e; d += kSlices * kVec) {
+        float k[kVec];
+        load_floats<kVec>(keys + key * pitch + d, k);
         GEMMA_UNROLL
-        for (int i = 0; i < kVec; ++i) s = multiply_add(qh[d + i], to_float(v[i]), s);
+        for (int j = 0; j < kTile; ++j) {
+          GEMMA_UNROLL
+          for (int i = 0; i < kVec; i += 4) {
+            const Float4 x = *reinterpret_cast<const Float4*>(q + head_of(first + j) * e + d + i);
+            even[j] = multiply_add(x.x, k[i], even[j]);
+            odd[j] = multiply_add(x.y, k[i + 1], odd[j]);
+            even[j] = multiply_add(x.z, k[i + 2], even[j]);
+            odd[j] = multiply_add(x.w, k[i + 3], odd[j]);
+          }
+        }
       }
-      score[j] = capped(s, a.cap);
+      GEMMA_UNROLL
+      for (int j = 0; j < kTile; ++j) {
+        float s = even[j] + odd[j];
+        s += shuffle_xor(s, kKeys);
+        s += shuffle_xor(s, 2 * kKeys);
+        if (slice == j) score = s;
+      }
     }
-    top[0] = warp_max(fmaxf(score[0], score[1]));
-    float sum = 0;
-    GEMMA_UNROLL
-    for (int j = 0; j < 2; ++j) {
-      const float w = score[j] == -INFINITY ? 0.0f : expf(score[j] - top[0]);
-      p[h * kSplit + lane() + 32 * j] = w;
-      sum += w;
-    }
-    sum = warp_sum(sum);
-    if (lane() == 0) {
-      float* out = a.partial + ((n * a.H + group * heads + h) * a.splits + block_x()) * (e + 2) + e;
-      out[0] = top[0];
-      out[1] = sum;
-    }
+    if (slice < kTile && first + slice < heads)
+      p[(first + slice) * kSplit + key] = key >= low && key <= high ? capped(score, a.cap) : -INFINITY;
   }
+  sync_block();
   if (!kTwo) {
-    sync_block();
-    fetch(true, values);
+    fetch(cached_values, values);
+    own_value();
+  }
+
+  for (int h = warp(); h < heads; h += kWarps) {
+    float* weight = p + h * kSplit + lane();
+    const float top = warp_max(fmaxf(weight[0], weight[32]));
+    const float first = expf(weight[0] - top), second = expf(weight[32] - top);
+    weight[0] = first;
+    weight[32] = second;
+    const float sum = warp_sum(first + second);
+    if (lane() == 0) {
+      sums[h] = sum;
+      if (a.splits > 1) {
+        float* out = a.partial + ((n * a.H + first_head + h) * a.splits + block_x()) * (e + 2) + e;
+        out[0] = top;
+        out[1] = sum;
+      }
+    }
   }
   copy_wait<0>();
   sync_block();
 
-  for (int h = warp(); h < heads; h += kWarps) {
-    float* out = a.partial + ((n * a.H + group * heads + h) * a.splits + block_x()) * (e + 2);
-    for (int d = lane() * kVec; d < e; d += 32 * kVec) {
-      float acc[kVec];
+  const int pairs = e / 2, tiles = (heads + kTile - 1) / kTile;
+  for (int item = thread_x(); item < pairs * tiles; item += kThreads) {
+    const int first = item / pairs * kTile, d = item % pairs * 2;
+    float acc[kTile][2];
+    GEMMA_UNROLL
+    for (int j = 0; j < kTile; ++j) acc[j][0] = acc[j][1] = 0;
+    for (int k = start_key; k <= high; k += kStep) {
+      float v[kStep][2];
       GEMMA_UNROLL
-      for (int i = 0; i < kVec; ++i) acc[i] = 0;
-      for (int key = low; key <= high; ++key) {
-        const float w = p[h * kSplit + key];
-        alignas(16) T v[kVec];
-        *reinterpret_cast<Word4*>(v) = *reinterpret_cast<const Word4*>(values + key * pitch + d);
+      for (int i = 0; i < kStep; ++i) load_floats<2>(values + (k + i) * pitch + d, v[i]);
+      GEMMA_UNROLL
+      for (int j = 0; j < kTile; ++j) {
         GEMMA_UNROLL
-        for (int i = 0; i < kVec; ++i) acc[i] = multiply_add(w, to_float(v[i]), acc[i]);
+        for (int i = 0; i < kStep; i += 4) {
+          const Float4 w = *reinterpret_cast<const Float4*>(p + head_of(first + j) * kSplit + k + i);
+          GEMMA_UNROLL
+          for (int c = 0; c < 2; ++c) {
+            acc[j][c] = multiply_add(w.x, v[i][c], acc[j][c]);
+            acc[j][c] = multiply_add(w.y, v[i + 1][c], acc[j][c]);
+            acc[j][c] = multiply_add(w.z, v[i + 2][c], acc[j][c]);
+            acc[j][c] = multiply_add(w.w, v[i + 3][c], acc[j][c]);
+          }
+        }
       }
-      GEMMA_UNROLL
-      for (int i = 0; i < kVec; ++i) out[d + i] = acc[i];
+    }
+    GEMMA_UNROLL
+    for (int j = 0; j < kTile; ++j) {
+      if (first + j >= heads) break;
+      const int64_t head = n * a.H + first_head + first + j;
+      if (a.splits > 1) {
+        *reinterpret_cast<Float2*>(a.partial + (head * a.splits + block_x()) * (e + 2) + d) = {acc[j][0], acc[j][1]};
+      } else if (d < E) {
+        // As `combine` would: 0 + 1 * acc, which makes 0 of -0.
+        *reinterpret_cast<Float2*>(a.out + head * E + d) = {(0.0f + acc[j][0]) / sums[first + j],
+                                                            (0.0f + acc[j][1]) / sums[first + j]};
+      }
     }
   }
 }
 
 // out[n, h] = sum of the splits' values, weighted, in their order. Bytes: the partials once. Layout: block (head, row), a thread every
-// 128th dimension; weights of 128 splits at a time through shared memory.
-GEMMA_KERNEL GEMMA_BOUNDS(kThreads, 8) combine_kernel(AttentionArgs a) {
-  start();
+// 256th dimension; weights of 256 splits at a time through shared memory.
+GEMMA_KERNEL GEMMA_BOUNDS(kThreads, 4) combine_kernel(AttentionArgs a) {
+  allow_next();
+  const int64_t n = block_y();
+  const Range r = range_of(a.rows[n].position, a.window);  // no kernel writes rows
+  wait_for_previous();
   GEMMA_SHARED(float, weight, kThreads);
   GEMMA_SHARED(float, warps, kWarps);
-  const int64_t n = block_y();
   const int h = block_x(), e = a.kv.e;
-  const Range r = range_of(a.rows[n].position, a.window);
   const int count = r.last - r.first + 1;
   const float* partial = a.partial + (n * a.H + h) * a.splits * (e + 2);
   float top = -INFINITY;
@@ -194,17 +297,26 @@ GEMMA_KERNEL GEMMA_BOUNDS(kThreads, 8) combine_kernel(AttentionArgs a) {
     if (thread_x() + i * kThreads < a.E) a.out[(n * a.H + h) * a.E + thread_x() + i * kThreads] = acc[i] / total;
 }
 
-}  // namespace
-
-size_t attend_shared_bytes(int heads_a_group, int e) {
-  return static_cast<size_t>(kSplit) * (e + 8) * 4 + static_cast<size_t>(heads_a_group) * (e + kSplit) * 4;
+template <class T>
+auto kernel_for(int heads) {
+  return heads == 1 ? attend_kernel<T, 1> : heads == 2 ? attend_kernel<T, 2> : attend_kernel<T, 4>;
 }
 
-void attend(Device& d, const AttentionArgs& a) {
-  const size_t shared = attend_shared_bytes(a.H / a.kv.groups, a.kv.e);
-  d.launch("attend", a.kv.f32 ? attend_kernel<float> : attend_kernel<uint16_t>, {a.splits, a.kv.groups, a.n}, kThreads,
-           shared, a);
-  d.launch("combine", combine_kernel, {a.H, a.n}, kThreads, 0, a);
+}  // namespace
+
+size_t attend_shared_bytes(int heads, int e) {
+  return static_cast<size_t>(kSplit) * (e + 8) * 4 + (static_cast<size_t>(heads) * (e + kSplit + 1) + e) * 4;
+}
+
+void attend(Device& d, const AttentionArgs& args) {
+  AttentionArgs a = args;
+  // Where splits, groups and rows do not fill the GPU, a group's heads go to several blocks: each reads K and V again, but they run
+  // side by side. A head's result is the same in any block.
+  a.heads = a.H / a.kv.groups;
+  while (a.heads % 2 == 0 && int64_t{2} * a.splits * (a.H / a.heads) * a.n <= kFewBlocks) a.heads /= 2;
+  const auto kernel = a.kv.f32 ? kernel_for<float>(a.heads) : kernel_for<uint16_t>(a.heads);
+  d.launch("attend", kernel, {a.splits, a.H / a.heads, a.n}, kThreads, attend_shared_bytes(a.heads, a.kv.e), a);
+  if (a.splits > 1) d.launch("combine", combine_kernel, {a.H, a.n}, kThreads, 0, a);
 }
 
 }  // namespace gemma::gpu

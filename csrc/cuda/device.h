@@ -41,6 +41,9 @@ struct alignas(8) Word2 {
 struct alignas(16) Float4 {
   float x, y, z, w;
 };
+struct alignas(8) Float2 {
+  float x, y;
+};
 
 GEMMA_HOST_DEVICE float bits_float(uint32_t u) {
 #if defined(__CUDA_ARCH__)

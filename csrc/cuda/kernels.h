@@ -38,7 +38,8 @@ GEMMA_HOST_DEVICE uint8_t* kv_at(const KvLayer& l, const Row& r, bool values, in
   const int64_t before =
       2 * l.groups *
       (l.full_before * static_cast<int64_t>(r.capacity) + l.rings_before * slots_of(l, true, r.capacity));
-  const int64_t at = before + (values * l.groups + group) * slots + position % slots;
+  const int64_t at =
+      before + (values * l.groups + group) * slots + static_cast<uint32_t>(position) % static_cast<uint32_t>(slots);
   return r.kv + at * l.e * (l.f32 ? 4 : 2);
 }
 
@@ -113,10 +114,11 @@ struct AttentionArgs {
   int n = 0, H = 0, E = 0;
   int window = 0;
   int splits = 0;  // blocks a row: at least as many as any row needs
+  int heads = 0;   // query heads a block, of one group; `attend` chooses
   float cap = 0;
 };
 void attend(Device& d, const AttentionArgs& a);
-size_t attend_shared_bytes(int heads_a_group, int e);
+size_t attend_shared_bytes(int heads, int e);  // heads a block: a whole group at most
 
 // ---- flash.cu ----
 
@@ -166,11 +168,16 @@ GEMMA_DEVICE float block_sum(float x, float* scratch) {
   sync_block();
   return sum;
 }
+// The rotation of a pair of dimensions: by position * frequency.
+struct Turn {
+  float cos, sin;
+};
+GEMMA_DEVICE float angle_of(int position, float frequency) { return static_cast<float>(position) * frequency; }
 // One head x[E] of a row by a warp: scaled to a root mean square of 1 times `norm` (null: as it is), dimensions i and i + E/2 rotated by
-// position * frequency[i] (null: not). put(i, value) takes the results.
-template <class Put>
-GEMMA_DEVICE void rotate_head(const float* x, const float* norm, const float* frequency, int position, int E, float eps,
-                              Put put) {
+// turn(i). put(i, value) takes the results; it may write anywhere, so loads that follow it wait for it: four pairs are loaded before.
+template <class TurnOf, class Put>
+GEMMA_DEVICE void rotate_head(const float* x, const float* norm, int E, float eps, TurnOf turn, Put put) {
+  constexpr int kPairs = 4;
   const int half = E / 2;
   float scale = 1;
   if (norm) {
@@ -178,20 +185,27 @@ GEMMA_DEVICE void rotate_head(const float* x, const float* norm, const float* fr
     for (int i = lane(); i < E; i += 32) s = multiply_add(x[i], x[i], s);
     scale = 1.0f / sqrtf(warp_sum(s) / static_cast<float>(E) + eps);
   }
-  for (int i = lane(); i < half; i += 32) {
-    float u = x[i], v = x[i + half];
-    if (norm) {
-      u = u * scale * norm[i];
-      v = v * scale * norm[i + half];
+  for (int begin = lane(); begin < half; begin += 32 * kPairs) {
+    float u[kPairs], v[kPairs];
+    GEMMA_UNROLL
+    for (int j = 0; j < kPairs; ++j) {
+      const int i = begin + 32 * j;
+      if (i >= half) break;
+      u[j] = x[i];
+      v[j] = x[i + half];
+      if (norm) {
+        u[j] = u[j] * scale * norm[i];
+        v[j] = v[j] * scale * norm[i + half];
+      }
     }
-    if (frequency) {
-      const float angle = static_cast<float>(position) * frequency[i];
-      const float c = cosf(angle), s = sinf(angle), w = u * c - v * s;
-      v = v * c + u * s;
-      u = w;
+    GEMMA_UNROLL
+    for (int j = 0; j < kPairs; ++j) {
+      const int i = begin + 32 * j;
+      if (i >= half) break;
+      const Turn t = turn(i);
+      put(i, u[j] * t.cos - v[j] * t.sin);
+      put(i + half, v[j] * t.cos + u[j] * t.sin);
     }
-    put(i, u);
-    put(i + half, v);
   }
 }
 // 1 / root mean square of x[n], by a block.

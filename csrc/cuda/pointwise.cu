@@ -36,9 +36,13 @@ GEMMA_KERNEL GEMMA_BOUNDS(32, 16) rope_kernel(RopeArgs a) {
   const int64_t n = block_y();
   const Row row = a.rows[n];
   const float* x = a.qkv + (n * (a.H + 2 * a.G) + head) * a.E;
+  const auto turn = [&](int i) {
+    const float angle = angle_of(row.position, a.frequency[i]);
+    return Turn{cosf(angle), sinf(angle)};
+  };
   if (head < a.H) {
     float* q = a.q + (n * a.H + head) * a.E;
-    rotate_head(x, a.q_norm, a.frequency, row.position, a.E, a.eps, [&](int i, float v) { q[i] = v * a.query_scale; });
+    rotate_head(x, a.q_norm, a.E, a.eps, turn, [&](int i, float v) { q[i] = v * a.query_scale; });
     return;
   }
   const bool is_v = head >= a.H + a.G;
@@ -49,7 +53,10 @@ GEMMA_KERNEL GEMMA_BOUNDS(32, 16) rope_kernel(RopeArgs a) {
     else
       reinterpret_cast<uint16_t*>(cache)[i] = bf16_of(v);
   };
-  rotate_head(x, is_v ? nullptr : a.k_norm, is_v ? nullptr : a.frequency, row.position, a.E, a.eps, put);
+  if (is_v)
+    for (int i = lane(); i < a.E; i += 32) put(i, x[i]);
+  else
+    rotate_head(x, a.k_norm, a.E, a.eps, turn, put);
   for (int i = a.E + lane(); i < a.kv.e; i += 32) put(i, 0);
 }
 
