@@ -42,6 +42,7 @@ QUANTISED = [q for q in tiny.QUANTS if q.startswith("Q")]
 EXACT = 1e-10  # float32 sums of exact weights; 1e-11 was measured
 TENSOR_CORES = 1e-3  # activations, and values of quantised weights, as bf16; 3e-4 was measured
 KV16 = 4e-4  # more, with keys and values as bf16
+N = 70  # rows of a prompt on the tensor cores: 64 at least
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +88,7 @@ def test_cases(get: GetModel, checkpoint: Callable[[str], Checkpoint], case: str
     exact = get(case, kv="f32", deterministic=True)
     assert reference.nse(all_logits(exact, tokens[:24]), truth[:24]) <= EXACT
     # Decode behind a prompt that crosses a block of 64 keys: what is left is the prompt's rounding.
-    assert reference.nse(decoded(m, tokens, 62), truth[62:]) <= TENSOR_CORES
+    assert reference.nse(decoded(m, tokens, 66), truth[66:]) <= TENSOR_CORES
 
 
 @pytest.mark.parametrize("case", ["gemma2-gqa", "gemma3-scaled"])
@@ -114,7 +115,7 @@ def test_a_real_model(device: str) -> None:
 @pytest.mark.parametrize("case", ["gemma", "gemma2"])
 def test_quantised_files(get: GetModel, checkpoint: Callable[[str], Checkpoint], case: str, quant: str) -> None:
     c = checkpoint(f"{case}:{quant}")
-    tokens = random_tokens(20, 2)
+    tokens = random_tokens(N, 2)
     truth = reference.forward(c.config, reference.weights_of(c.tensors), tokens)
     m = get(f"{case}:{quant}", kv="f32", deterministic=True)
     assert set(m.encodings().values()) == {quant, "F32"}
@@ -130,7 +131,7 @@ def test_quantised_files(get: GetModel, checkpoint: Callable[[str], Checkpoint],
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_weights_option(get: GetModel, model: GetModel, case: str, weights: str) -> None:
     config, mine = held(model(case, weights=weights))  # as the CPU encodes them
-    tokens = random_tokens(20, 4)
+    tokens = random_tokens(N, 4)
     truth = reference.forward(config, mine, tokens)
     exact = get(case, kv="f32", weights=weights, deterministic=True)
     assert exact.encodings() == model(case, weights=weights).encodings()
@@ -139,28 +140,26 @@ def test_weights_option(get: GetModel, model: GetModel, case: str, weights: str)
 
 
 def test_packed_and_mixed_weights(device: str, model: GetModel, checkpoint: Callable[[str], Checkpoint]) -> None:
-    tokens = random_tokens(12, 5)
+    tokens = random_tokens(N, 5)
     for quant in ("Q4_K", "Q8_0"):
         packed = model(f"gemma:{quant}").packed()  # panels, as packed files have them
         a = _native.Model(checkpoint(f"gemma:{quant}").config, packed, device, deterministic=True)
         b = build(checkpoint(f"gemma:{quant}"), device=device, deterministic=True)
-        assert same(all_logits(a, tokens), all_logits(b, tokens))
+        assert same(all_logits(a, tokens[:12]), all_logits(b, tokens[:12]))
     # Matrices of several types in one layer.
     mixed = dict(checkpoint("gemma2:Q4_0").tensors)
     for part, quant in {"q_proj": "Q6_K", "k_proj": "Q8_0", "up_proj": "Q5_1", "down_proj": "Q4_K"}.items():
         mixed |= {n: t for n, t in checkpoint(f"gemma2:{quant}").tensors.items() if part in n}
     config = checkpoint("gemma2:Q4_0").config
     truth = reference.forward(config, reference.weights_of(mixed), tokens)
-    for deterministic, limit in ((True, EXACT), (False, TENSOR_CORES)):
+    for deterministic, rows, limit in ((True, 12, EXACT), (False, N, TENSOR_CORES)):
         m = _native.Model(config, mixed, device, kv="f32", deterministic=deterministic)
-        assert reference.nse(all_logits(m, tokens), truth) <= limit
+        assert reference.nse(all_logits(m, tokens[:rows]), truth[:rows]) <= limit
     with pytest.raises(RuntimeError, match="cannot be packed"):
         m.packed()
 
 
 # --- the same bits ---
-
-N = 70
 
 
 @pytest.mark.parametrize("name", ["gemma3-scaled", "gemma2:Q4_K"])
@@ -174,6 +173,18 @@ def test_deterministic(get: GetModel, name: str) -> None:
     company = [tokens[:1], tokens, random_tokens(9, 3)]
     batch = m.forward_batch(company, [m.new_cache() for _ in company])
     assert same(batch[1], whole[-1]) and same(batch[0], whole[0])
+
+
+@pytest.mark.parametrize("name", ["gemma3-scaled", "gemma2:Q4_K"])
+def test_short_prompts(get: GetModel, name: str) -> None:
+    """The decode kernels do fewer than 64 rows."""
+    m, exact = get(name), get(name, deterministic=True)
+    tokens = random_tokens(63, 7)
+    expected = all_logits(exact, tokens)
+    assert same(all_logits(m, tokens), expected)
+    assert same(steps(m, tokens, [40, 1, 22]), expected)
+    more = random_tokens(64, 7)
+    assert not same(all_logits(m, more), all_logits(exact, more))
 
 
 @pytest.mark.parametrize("name", ["gemma2-mha", "gemma3-mha", "gemma2:Q5_K"])
@@ -514,7 +525,7 @@ def test_out_of_memory(checkpoint: Callable[[str], Checkpoint]) -> None:
 @needs_emulation
 def test_failing_launches(model: GetModel) -> None:
     m = model("gemma2-gqa", device="cuda-emulated")
-    tokens = random_tokens(20, 3)
+    tokens = random_tokens(N, 3)
     cache = m.new_cache()
     expected = m.forward(tokens, cache)
     step = m.forward([9], cache.clone())

@@ -180,7 +180,7 @@ class CudaBackend final : public Backend {
     whole_ = picked > 0 && picked <= most_rows(wanted);
     bring(r, wanted.pick.data(), whole_ ? picked : 0, wanted.best.also.data(), whole_ ? listed : 0);
     decode_ = decode;
-    exact_ = deterministic_ || decode || rows.n <= kRowsABlock;
+    exact_ = deterministic_ || decode || rows.n < kExactRows;
     tile_count_ = 0;
     if (!exact_ && flash_supports(kv_[0], heads_a_group_)) {
       std::vector<Tile> tiles;
@@ -449,7 +449,7 @@ class CudaBackend final : public Backend {
   // logits_ of picked rows [first, first + n), of m that are asked for together.
   void head_rows(const Head& h, int64_t m, int64_t first, int64_t n) {
     product({{&gpu_matrix(h.w), logits_.floats(), vocab_}}, h.x.data, picked_ + first, h.norm.data, h.c.rms_norm_eps, n,
-            After::store, deterministic_ || decode_ || m <= kRowsABlock);
+            After::store, deterministic_ || decode_ || m < kExactRows);
     if (h.c.final_softcap > 0) softcap(*device_, logits_.floats(), n * vocab_, h.c.final_softcap);
   }
 

@@ -10,6 +10,7 @@ namespace gemma::gpu {
 
 constexpr int kSplit = 64;      // keys a block of decode attention: from absolute multiples of this
 constexpr int kRowsABlock = 8;  // activation rows a block of `matvec`
+constexpr int kExactRows = 64;  // rows from which the tensor cores do products; fewer are cheaper by `matvec`
 constexpr int kHeadRows = 64;   // rows of logits at a time
 constexpr int kBlockThreads = 256;
 static_assert(kSplit == kKeyBlock, "rings hold whole blocks");
