@@ -56,6 +56,7 @@ struct Target {
   const GpuMatrix* w;
   float* out;
   int64_t stride;
+  uint16_t* out16 = nullptr;  // instead of `out`, on the tensor cores
 };
 
 class CudaBackend final : public Backend {
@@ -102,10 +103,12 @@ class CudaBackend final : public Backend {
     device_->use();
     if (large_bf16_ && !deterministic_) cublas_ = Cublas::load(device_);
     vocab_ = c.vocab_size;
+    head_dim_ = count(c.head_dim);
     heads_a_group_ = count(c.num_heads / c.num_kv_heads);
     const int64_t E = c.head_dim, e = round_up(E, 16), heads = c.num_heads + 2 * c.num_kv_heads;
-    const int64_t widest = round_up(std::max({c.hidden_size, c.intermediate_size, c.num_heads * E}), 32);
-    matvec_scratch_ = reserve(static_cast<int64_t>(matvec_scratch_bytes(widest)));
+    const int64_t widest = round_up(std::max(c.hidden_size, c.num_heads * E), 32);
+    matvec_scratch_ = reserve(
+        static_cast<int64_t>(matvec_scratch_bytes(std::max({c.hidden_size, c.intermediate_size, c.num_heads * E}))));
     const size_t block = attend_shared_bytes(heads_a_group_, count(e));
     if (block > device_->shared_limit())
       throw std::runtime_error(device_->name() + ": attention with head_dim " + std::to_string(E) + " and " +
@@ -116,10 +119,9 @@ class CudaBackend final : public Backend {
     tiles_ = reserve(kMaxRows * static_cast<int64_t>(sizeof(Tile)));
     qkv_ = reserve(kMaxRows * heads * E * 4);
     y_ = reserve(kMaxRows * c.hidden_size * 4);
-    gate_ = reserve(kMaxRows * c.intermediate_size * 4);
-    up_ = reserve(kMaxRows * c.intermediate_size * 4);
+    gate_ = reserve(kMaxRows * round_up(c.intermediate_size, 32) * 4);
+    up_ = reserve(kMaxRows * round_up(c.intermediate_size, 32) * 4);
     packed_ = reserve(kMaxRows * widest * 2);
-    packed_hidden_ = reserve(kMaxRows * widest * 2);
     logits_ = reserve(kHeadRows * c.vocab_size * 4);
     // Every k for a row, a k of 64 for all rows of logits at once.
     const int64_t slab = slab_size(count(c.vocab_size)), slabs = (c.vocab_size + slab - 1) / slab;
@@ -182,7 +184,7 @@ class CudaBackend final : public Backend {
     decode_ = decode;
     exact_ = deterministic_ || decode || rows.n < kExactRows;
     tile_count_ = 0;
-    if (!exact_ && flash_supports(kv_[0], heads_a_group_)) {
+    if (!exact_ && flash_supports(kv_[0], head_dim_, heads_a_group_)) {
       std::vector<Tile> tiles;
       for (const Span& s : rows.spans)
         for (int64_t i = 0; i < s.count; i += flash_tile_rows(heads_a_group_))
@@ -239,8 +241,7 @@ class CudaBackend final : public Backend {
     if (tile_count_) {
       a.rows = row_data();
       a.q = q.data;
-      a.out = out.data;
-      flash(*device_, {a, reinterpret_cast<const Tile*>(tiles_.data()), tile_count_});
+      flash(*device_, {a, bf16_in(out.data), reinterpret_cast<const Tile*>(tiles_.data()), tile_count_});
       return;
     }
     a.splits = count(w.window ? std::min<int64_t>(splits_, w.window / kSplit + 2) : splits_);
@@ -260,22 +261,27 @@ class CudaBackend final : public Backend {
 
   void project_add(const Config& c, const LayerWeights& w, const Rows& rows, const Buffer& attended,
                    Buffer& x) override {
-    add_product(c, gpu_matrix(*w.o), w.post_attn_norm.get(), rows.n, attended.data, x);
+    add_product(c, gpu_matrix(*w.o), w.post_attn_norm.get(), rows.n, attended.data, x,
+                tile_count_ ? bf16_in(attended.data) : nullptr);
   }
 
   void feed_forward(const Config& c, const LayerWeights& w, const Rows& rows, Buffer& x) override {
     const GpuMatrix &gate = gpu_matrix(*w.gate), &up = gpu_matrix(*w.up), &down = gpu_matrix(*w.down);
     const int64_t F = c.intermediate_size, n = rows.n, k = round_up(F, 32);
-    if (exact_ && gate.type == up.type) {
+    uint16_t *gate16 = bf16_in(gate_.floats()), *up16 = bf16_in(up_.floats());
+    if (!exact_) {
+      product({{&gate, nullptr, k, gate16}, {&up, nullptr, k, up16}}, x.data, nullptr, w.ffn_norm->data, c.rms_norm_eps,
+              n, After::store, false);
+      geglu(*device_, gate16, up16, count(n), count(F), count(k));
+    } else if (gate.type == up.type) {
       product({{&gate, gate_.floats(), F}, {&up, nullptr, F}}, x.data, nullptr, w.ffn_norm->data, c.rms_norm_eps, n,
               After::geglu, true);
     } else {
       product({{&gate, gate_.floats(), F}, {&up, up_.floats(), F}}, x.data, nullptr, w.ffn_norm->data, c.rms_norm_eps,
-              n, After::store, exact_);
-      geglu(*device_, gate_.floats(), up_.floats(), count(n), count(F), gate_.floats(), count(k),
-            exact_ ? nullptr : packed_hidden());
+              n, After::store, true);
+      geglu(*device_, gate_.floats(), up_.floats(), n * F);
     }
-    add_product(c, down, w.post_ffn_norm.get(), n, gate_.floats(), x, exact_ ? nullptr : packed_hidden());
+    add_product(c, down, w.post_ffn_norm.get(), n, gate_.floats(), x, exact_ ? nullptr : gate16);
   }
 
   // ---- results -------------------------------------------------------------------------------------------------------
@@ -313,8 +319,8 @@ class CudaBackend final : public Backend {
   }
   Memory reserve(int64_t bytes) { return Memory(device_, static_cast<size_t>(bytes), "activations"); }
   const Row* row_data() const { return reinterpret_cast<const Row*>(inputs_.data()); }
-  uint16_t* packed() { return reinterpret_cast<uint16_t*>(packed_.data()); }
-  uint16_t* packed_hidden() { return reinterpret_cast<uint16_t*>(packed_hidden_.data()); }
+  // Where activations in a place for floats are bf16.
+  static uint16_t* bf16_in(float* place) { return reinterpret_cast<uint16_t*>(place); }
 
   // W norm(x) for matrices that share x[n, cols]. `exact`: by the decode kernels; else on the tensor cores, where `packed` may be x
   // as bf16 already. geglu: targets are gate and up, results go to the first.
@@ -324,8 +330,8 @@ class CudaBackend final : public Backend {
     if (!exact) {
       const int64_t k = round_up(cols, 32);
       if (!packed_x) {
-        to_bf16(*device_, x, pick, norm, eps, count(n), count(cols), count(k), packed());
-        packed_x = packed();
+        to_bf16(*device_, x, pick, norm, eps, count(n), count(cols), count(k), bf16_in(packed_.floats()));
+        packed_x = bf16_in(packed_.floats());
       }
       for (const Target& t : targets) {
         MatmulArgs a;
@@ -334,6 +340,7 @@ class CudaBackend final : public Backend {
         a.m = count(n);
         a.k = count(k);
         a.out = t.out;
+        a.out16 = t.out16;
         a.stride = t.stride;
         a.add = after == After::add;
         if (!cublas_ || t.w->type != DType::BF16 || n < kCublasRows || !cublas_->matmul(*device_, a))
@@ -474,10 +481,10 @@ class CudaBackend final : public Backend {
   bool large_bf16_ = false;
   std::unique_ptr<Cublas> cublas_;  // null: the own kernel does all products
   int64_t vocab_ = 0;
-  int heads_a_group_ = 1;
+  int head_dim_ = 0, heads_a_group_ = 1;
   std::once_flag shaped_;
   std::vector<KvLayer> kv_;  // a layer each
-  Memory inputs_, tiles_, qkv_, y_, gate_, up_, packed_, packed_hidden_, logits_, candidates_, results_, partial_,
+  Memory inputs_, tiles_, qkv_, y_, gate_, up_, packed_, logits_, candidates_, results_, partial_,
       matvec_scratch_;
   std::vector<uint8_t> host_;                              // what goes to inputs_ or comes from results_
   std::map<std::pair<float, float>, Memory> frequencies_;  // by base and scale

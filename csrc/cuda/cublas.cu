@@ -2,6 +2,8 @@
 // the library are needed to build.
 #include "cublas.h"
 
+#include <algorithm>
+
 #if defined(__CUDACC__) && !defined(_WIN32)
 #include <dlfcn.h>
 
@@ -16,7 +18,8 @@ namespace {
 
 constexpr size_t kWorkspace = 32u << 20;
 // Values of cuBLASLt's enumerations.
-constexpr int kCompute32F = 68, kReal32F = 0, kRealBF16 = 14, kTransposeA = 3, kWorkspaceBytes = 1;
+constexpr int kCompute32F = 68, kReal32F = 0, kRealBF16 = 14, kTransposeA = 3;
+constexpr int kWorkspaceBytes = 1, kAlignmentC = 7, kAlignmentD = 8;
 constexpr int32_t kTransposed = 1;
 
 struct Algorithm {
@@ -133,7 +136,7 @@ Cublas::~Cublas() {
 }
 
 // Rows in our order are columns in its own: out[m, rows] = x[m, k] W[rows, k]^T is there out^T = W x^T, W read transposed.
-std::unique_ptr<Cublas::Plan> Cublas::plan(const MatmulArgs& a) {
+std::unique_ptr<Cublas::Plan> Cublas::plan(const MatmulArgs& a, uint32_t alignment) {
   const Library& l = *library_;
   auto p = std::make_unique<Plan>(l);
   const uint64_t k = static_cast<uint64_t>(a.w.pieces) * 8, rows = static_cast<uint64_t>(a.w.rows);
@@ -141,14 +144,17 @@ std::unique_ptr<Cublas::Plan> Cublas::plan(const MatmulArgs& a) {
   Heuristic best = {};
   int found = 0;
   const size_t workspace = kWorkspace;
-  const bool ok = l.product_create(&p->product, kCompute32F, kReal32F) == 0 &&
-                  l.product_set(p->product, kTransposeA, &kTransposed, sizeof kTransposed) == 0 &&
-                  l.layout_create(&p->w, kRealBF16, k, rows, static_cast<int64_t>(k)) == 0 &&
-                  l.layout_create(&p->x, kRealBF16, k, static_cast<uint64_t>(a.m), a.k) == 0 &&
-                  l.layout_create(&p->out, kReal32F, rows, static_cast<uint64_t>(a.m), a.stride) == 0 &&
-                  l.preference_create(&preference) == 0 &&
-                  l.preference_set(preference, kWorkspaceBytes, &workspace, sizeof workspace) == 0 &&
-                  l.heuristic(handle_, p->product, p->w, p->x, p->out, p->out, preference, 1, &best, &found) == 0;
+  const bool ok =
+      l.product_create(&p->product, kCompute32F, kReal32F) == 0 &&
+      l.product_set(p->product, kTransposeA, &kTransposed, sizeof kTransposed) == 0 &&
+      l.layout_create(&p->w, kRealBF16, k, rows, static_cast<int64_t>(k)) == 0 &&
+      l.layout_create(&p->x, kRealBF16, k, static_cast<uint64_t>(a.m), a.k) == 0 &&
+      l.layout_create(&p->out, a.out16 ? kRealBF16 : kReal32F, rows, static_cast<uint64_t>(a.m), a.stride) == 0 &&
+      l.preference_create(&preference) == 0 &&
+      l.preference_set(preference, kWorkspaceBytes, &workspace, sizeof workspace) == 0 &&
+      l.preference_set(preference, kAlignmentC, &alignment, sizeof alignment) == 0 &&
+      l.preference_set(preference, kAlignmentD, &alignment, sizeof alignment) == 0 &&
+      l.heuristic(handle_, p->product, p->w, p->x, p->out, p->out, preference, 1, &best, &found) == 0;
   if (preference) l.preference_destroy(preference);
   p->usable = ok && found > 0 && best.state == 0;
   p->algorithm = best.algorithm;
@@ -156,11 +162,15 @@ std::unique_ptr<Cublas::Plan> Cublas::plan(const MatmulArgs& a) {
 }
 
 bool Cublas::matmul(Device& d, const MatmulArgs& a) {
-  auto& p = plans_[{a.w.rows, a.w.pieces, a.m, a.k, a.stride}];
-  if (!p) p = plan(a);
+  void* out = a.out16 ? static_cast<void*>(a.out16) : a.out;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(out);
+  const int64_t alignment =
+      std::min<int64_t>(256, address & (~address + 1));  // results of k and v lie behind those of q
+  auto& p = plans_[{a.w.rows, a.w.pieces, a.m, a.k, a.stride, a.out16 != nullptr, alignment}];
+  if (!p) p = plan(a, static_cast<uint32_t>(alignment));
   if (!p->usable) return false;
   const float one = 1, beta = a.add ? 1 : 0;
-  const int status = library_->matmul(handle_, p->product, &one, a.w.low, p->w, a.x, p->x, &beta, a.out, p->out, a.out,
+  const int status = library_->matmul(handle_, p->product, &one, a.w.low, p->w, a.x, p->x, &beta, out, p->out, out,
                                       p->out, &p->algorithm, workspace_.data(), kWorkspace, d.stream());
   if (status != 0) throw std::runtime_error("cuBLASLt: a product failed with status " + std::to_string(status));
   return true;

@@ -1,10 +1,10 @@
 // cuBLASLt for large bf16 products, where the machine has it: loaded at run time, so that nothing depends on it.
 #pragma once
 
+#include <array>
 #include <map>
 #include <memory>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "kernels.h"
@@ -24,15 +24,15 @@ class Cublas {
   struct Library;
   struct Plan;
   Cublas() = default;
-  std::unique_ptr<Plan> plan(const MatmulArgs& a);
+  std::unique_ptr<Plan> plan(const MatmulArgs& a, uint32_t alignment);
 
   std::string path_;
   std::unique_ptr<Library> library_;
   void* handle_ = nullptr;
   Memory workspace_;
-  // By rows and pieces of W, m, k, stride. Both k, where a row of x ends, and pieces, where one of W does: matrices of 168 and of 192
-  // columns have the same k.
-  std::map<std::tuple<int64_t, int64_t, int, int, int64_t>, std::unique_ptr<Plan>> plans_;
+  // By rows and pieces of W, m, k, stride, whether results are bf16, alignment of them. Both k, where a row of x ends, and pieces, where
+  // one of W does: matrices of 168 and of 192 columns have the same k.
+  std::map<std::array<int64_t, 7>, std::unique_ptr<Plan>> plans_;
 };
 
 }  // namespace gemma::gpu

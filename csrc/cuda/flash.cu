@@ -134,9 +134,8 @@ GEMMA_KERNEL GEMMA_BOUNDS(kFlashThreads, 1) flash_kernel(FlashArgs f) {
   fetch(true, begin, values);
   for (int i = thread_x(); i < kQueries * E; i += kFlashThreads) {
     const int query = i / E, d = i % E, token = query / heads, head = group * heads + query % heads;
-    const bool in = token < tile.count && d < a.E;
     q[query * kFlashPitch<E> + d] =
-        in ? bf16_of(a.q[(static_cast<int64_t>(tile.row + token) * a.H + head) * a.E + d]) : 0;
+        token < tile.count ? bf16_of(a.q[(static_cast<int64_t>(tile.row + token) * a.H + head) * E + d]) : 0;
   }
 
   Queries r;
@@ -175,15 +174,10 @@ GEMMA_KERNEL GEMMA_BOUNDS(kFlashThreads, 1) flash_kernel(FlashArgs f) {
   for (int h = 0; h < 2; ++h) {
     const int query = warp() * 16 + lane() / 4 + 8 * h, token = query / heads, head = group * heads + query % heads;
     if (token >= tile.count) continue;
-    float* to = a.out + (static_cast<int64_t>(tile.row + token) * a.H + head) * a.E;
+    uint16_t* to = f.out + (static_cast<int64_t>(tile.row + token) * a.H + head) * E + lane() % 4 * 2;
     GEMMA_UNROLL
-    for (int j = 0; j < E / 8; ++j) {
-      GEMMA_UNROLL
-      for (int c = 0; c < 2; ++c) {
-        const int d = 8 * j + lane() % 4 * 2 + c;
-        if (d < a.E) to[d] = out[j][2 * h + c] / r.sum[h];
-      }
-    }
+    for (int j = 0; j < E / 8; ++j)
+      *reinterpret_cast<uint32_t*>(to + 8 * j) = bf16_pair(out[j][2 * h] / r.sum[h], out[j][2 * h + 1] / r.sum[h]);
   }
 }
 
@@ -194,13 +188,13 @@ void launch_flash(Device& d, const FlashArgs& f) {
 
 }  // namespace
 
-bool flash_supports(const KvLayer& kv, int heads_a_group) {
-  return !kv.f32 && (kv.e == 32 || kv.e == 64 || kv.e == 128 || kv.e == 256) && heads_a_group <= kQueries;
+bool flash_supports(const KvLayer& kv, int E, int heads_a_group) {
+  return !kv.f32 && (E == 32 || E == 64 || E == 128 || E == 256) && heads_a_group <= kQueries;
 }
 int flash_tile_rows(int heads_a_group) { return kQueries / heads_a_group; }
 
 void flash(Device& d, const FlashArgs& f) {
-  switch (f.a.kv.e) {
+  switch (f.a.E) {
     case 32:
       return launch_flash<32>(d, f);
     case 64:

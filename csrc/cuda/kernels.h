@@ -76,8 +76,9 @@ struct MatmulArgs {
   const uint16_t* x = nullptr;  // bf16 [m][k], k a multiple of 32, zeros behind `cols`
   int m = 0, k = 0;
   float* out = nullptr;
-  int64_t stride = 0;
-  bool add = false;
+  uint16_t* out16 = nullptr;  // instead of `out`: results as bf16
+  int64_t stride = 0;         // values between rows of either
+  bool add = false;           // to `out`
 };
 void matmul(Device& d, DType type, const MatmulArgs& a);
 
@@ -99,8 +100,9 @@ void norm_and_add(Device& d, const float* y, const float* weight, float eps, int
 // out[n][k] = bf16 of rows of x, normed where norm is given; zeros from cols to k
 void to_bf16(Device& d, const float* x, const int32_t* pick, const float* norm, float eps, int n, int cols, int k,
              uint16_t* out);
-// out = gelu(gate) * up: float32 [n][cols], or bf16 [n][k] where out16 is given
-void geglu(Device& d, const float* gate, const float* up, int n, int cols, float* out, int k, uint16_t* out16);
+// gate = gelu(gate) * up: n values of float32, or bf16 [n][k], k a multiple of 8; zeros from cols to k
+void geglu(Device& d, float* gate, const float* up, int64_t n);
+void geglu(Device& d, uint16_t* gate, const uint16_t* up, int n, int cols, int k);
 void softcap(Device& d, float* x, int64_t n, float cap);
 
 // ---- attention.cu ----
@@ -128,10 +130,11 @@ struct Tile {
 };
 struct FlashArgs {
   AttentionArgs a;
+  uint16_t* out = nullptr;  // [n][H][E] as bf16, what the output projection takes
   const Tile* tiles = nullptr;
   int tile_count = 0;
 };
-bool flash_supports(const KvLayer& kv, int heads_a_group);
+bool flash_supports(const KvLayer& kv, int E, int heads_a_group);
 int flash_tile_rows(int heads_a_group);  // tokens a tile
 void flash(Device& d, const FlashArgs& f);
 
@@ -215,9 +218,8 @@ GEMMA_DEVICE float inverse_rms(const float* x, int n, float eps, float* scratch)
   for (int i = thread_x(); i < n; i += kBlockThreads) s = multiply_add(x[i], x[i], s);
   return 1.0f / sqrtf(block_sum(s, scratch) / static_cast<float>(n) + eps);
 }
-GEMMA_DEVICE float gelu(float x) {
-  return 0.5f * x * (1.0f + tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x)));
-}
+// x (1 + tanh u) / 2 = x / (1 + exp(-2 u)): without a branch, and exact to the last bits for negative x too.
+GEMMA_DEVICE float gelu(float x) { return x / (1.0f + expf(-1.5957691216057308f * (x + 0.044715f * x * x * x))); }
 GEMMA_DEVICE float capped(float x, float cap) { return cap > 0 ? cap * tanhf(x / cap) : x; }
 
 }  // namespace gemma::gpu

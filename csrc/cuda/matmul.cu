@@ -116,10 +116,12 @@ GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 2) matmul_kernel(MatmulArgs a) {
       for (int c = 0; c < 4; ++c) {
         const int64_t row = m0 + wm + 16 * i + lane() / 4 + 8 * (c / 2);
         const int64_t column = n0 + wn + 8 * j + lane() % 4 * 2 + c % 2;
-        if (row < a.m && column < a.w.rows) {
-          float* out = a.out + row * a.stride + column;
-          *out = a.add ? *out + acc[i][j][c] : acc[i][j][c];
-        }
+        if (row >= a.m || column >= a.w.rows) continue;
+        const int64_t at = row * a.stride + column;
+        if (a.out16)
+          a.out16[at] = bf16_of(acc[i][j][c]);
+        else
+          a.out[at] = a.add ? a.out[at] + acc[i][j][c] : acc[i][j][c];
       }
     }
   }

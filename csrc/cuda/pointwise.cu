@@ -71,29 +71,83 @@ GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4)
   for (int i = thread_x(); i < cols; i += kBlockThreads) x[i] += y[i] * s * weight[i];
 }
 
-// out[n, k] = bf16(norm(x)). Bytes: x twice at most, out once. Layout: a block a row.
+// Values i to i + 7 of a row; zeros behind its end. Rows of a multiple of 4 values are read 16 bytes at a time.
+GEMMA_DEVICE void load_eight(const float* row, int i, int cols, float* v) {
+  if (cols % 4 == 0) {
+    GEMMA_UNROLL
+    for (int h = 0; h < 8; h += 4) {
+      Float4 f{};
+      if (i + h < cols) f = *reinterpret_cast<const Float4*>(row + i + h);
+      v[h] = f.x;
+      v[h + 1] = f.y;
+      v[h + 2] = f.z;
+      v[h + 3] = f.w;
+    }
+  } else {
+    GEMMA_UNROLL
+    for (int h = 0; h < 8; ++h) v[h] = i + h < cols ? row[i + h] : 0;
+  }
+}
+GEMMA_DEVICE void store_eight(uint16_t* to, const float* v) {
+  *reinterpret_cast<Word4*>(to) = {bf16_pair(v[0], v[1]), bf16_pair(v[2], v[3]), bf16_pair(v[4], v[5]),
+                                   bf16_pair(v[6], v[7])};
+}
+
+// out[n, k] = bf16(norm(x)). Bytes: x once (with a norm a second time, from L1), out once. Layout: a block a row, a thread eight values
+// of every 2048.
 GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4)
     to_bf16_kernel(const float* x, const int32_t* pick, const float* norm, float eps, int cols, int k, uint16_t* out) {
   start();
   GEMMA_SHARED(float, scratch, 9);
   const int64_t row = block_x();
   x += (pick ? pick[row] : row) * cols;
-  const float s = norm ? inverse_rms(x, cols, eps, scratch) : 1.0f;
-  for (int i = thread_x(); i < k; i += kBlockThreads)
-    out[row * k + i] = i < cols ? bf16_of(norm ? x[i] * s * norm[i] : x[i]) : 0;
+  float s = 1;
+  if (norm) {
+    float squares = 0;
+    for (int i = thread_x() * 8; i < cols; i += kBlockThreads * 8) {
+      float v[8];
+      load_eight(x, i, cols, v);
+      GEMMA_UNROLL
+      for (int h = 0; h < 8; ++h) squares = multiply_add(v[h], v[h], squares);
+    }
+    s = 1.0f / sqrtf(block_sum(squares, scratch) / static_cast<float>(cols) + eps);
+  }
+  for (int i = thread_x() * 8; i < k; i += kBlockThreads * 8) {
+    float v[8];
+    load_eight(x, i, cols, v);
+    if (norm) {
+      float w[8];
+      load_eight(norm, i, cols, w);
+      GEMMA_UNROLL
+      for (int h = 0; h < 8; ++h) v[h] = v[h] * s * w[h];
+    }
+    store_eight(out + row * k + i, v);
+  }
 }
 
-// out = gelu(gate) * up. Bytes: each once. Layout: blocks along a row, a thread a value.
-GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4)
-    geglu_kernel(const float* gate, const float* up, int cols, float* out, int k, uint16_t* out16) {
+// gate = gelu(gate) * up. Bytes: each once in, gate once out. Layout: a thread a value.
+GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4) geglu_kernel(float* gate, const float* up, int64_t n) {
   start();
-  const int64_t row = block_y();
-  const int i = block_x() * kBlockThreads + thread_x();
-  if (out16) {
-    if (i < k) out16[row * k + i] = i < cols ? bf16_of(gelu(gate[row * cols + i]) * up[row * cols + i]) : 0;
-  } else if (i < cols) {
-    out[row * cols + i] = gelu(gate[row * cols + i]) * up[row * cols + i];
+  const int64_t i = static_cast<int64_t>(block_x()) * kBlockThreads + thread_x();
+  if (i < n) gate[i] = gelu(gate[i]) * up[i];
+}
+
+// The same of bf16 [n, k], with zeros from cols on. Bytes: each once in, gate once out. Layout: blocks along a row, a thread eight values.
+GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4) geglu16_kernel(uint16_t* gate, const uint16_t* up, int cols, int k) {
+  start();
+  const int i = (block_x() * kBlockThreads + thread_x()) * 8;
+  if (i >= k) return;
+  const int64_t at = static_cast<int64_t>(block_y()) * k + i;
+  const Word4 g = *reinterpret_cast<const Word4*>(gate + at), u = *reinterpret_cast<const Word4*>(up + at);
+  const uint32_t gs[4] = {g.x, g.y, g.z, g.w}, us[4] = {u.x, u.y, u.z, u.w};
+  float v[8];
+  GEMMA_UNROLL
+  for (int h = 0; h < 8; ++h) {
+    const uint16_t a = static_cast<uint16_t>(gs[h / 2] >> 16 * (h % 2));
+    const uint16_t b = static_cast<uint16_t>(us[h / 2] >> 16 * (h % 2));
+    v[h] = i + h < cols ? gelu(float_of_bf16(a)) * float_of_bf16(b) : 0;
   }
+  store_eight(gate + at, v);
 }
 
 // x = cap tanh(x / cap). Bytes: x in and out. Layout: a thread a value.
@@ -135,8 +189,11 @@ void to_bf16(Device& d, const float* x, const int32_t* pick, const float* norm, 
   d.launch("to_bf16", to_bf16_kernel, {n}, kBlockThreads, 0, x, pick, norm, eps, cols, k, out);
 }
 
-void geglu(Device& d, const float* gate, const float* up, int n, int cols, float* out, int k, uint16_t* out16) {
-  d.launch("geglu", geglu_kernel, {blocks_for(out16 ? k : cols), n}, kBlockThreads, 0, gate, up, cols, out, k, out16);
+void geglu(Device& d, float* gate, const float* up, int64_t n) {
+  d.launch("geglu", geglu_kernel, {blocks_for(n)}, kBlockThreads, 0, gate, up, n);
+}
+void geglu(Device& d, uint16_t* gate, const uint16_t* up, int n, int cols, int k) {
+  d.launch("geglu", geglu16_kernel, {blocks_for(k / 8), n}, kBlockThreads, 0, gate, up, cols, k);
 }
 
 void softcap(Device& d, float* x, int64_t n, float cap) {
