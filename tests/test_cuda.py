@@ -159,6 +159,39 @@ def test_packed_and_mixed_weights(device: str, model: GetModel, checkpoint: Call
         m.packed()
 
 
+@needs_emulation
+@pytest.mark.parametrize("quant", QUANTISED)
+def test_dequantised(
+    model: GetModel, checkpoint: Callable[[str], Checkpoint], quant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quantised weights made bf16 in one pass, for cuBLASLt, in whose place the emulation has the own kernel: the bits of that kernel's
+    own roundings."""
+    tokens = random_tokens(N, 3)
+    plain = model(f"gemma2:{quant}", device="cuda-emulated")
+    monkeypatch.setenv("GEMMA_NATIVE_CUBLAS", "emulated")
+    m = build(checkpoint(f"gemma2:{quant}"), device="cuda-emulated")
+    expected = all_logits(plain, tokens)
+    assert same(all_logits(m, tokens), expected)
+    assert asked(lambda: all_logits(m, tokens))[0] >= asked(lambda: all_logits(plain, tokens))[0] + 7 * 2
+
+
+@needs_emulation
+def test_no_room_for_dequantised(speck: Callable[..., Checkpoint], monkeypatch: pytest.MonkeyPatch) -> None:
+    c = speck(intermediate_size=16384)
+    tokens = random_tokens(N, 3, 61)
+    gc.collect()
+    before = _native.testing.emulator_state()["allocated"]
+    plain = build(c, device="cuda-emulated", weights="int8")
+    room = _native.testing.emulator_state()["allocated"] - before
+    expected, launches = all_logits(plain, tokens), asked(lambda: all_logits(plain, tokens))
+    monkeypatch.setenv("GEMMA_NATIVE_CUBLAS", "emulated")
+    _native.testing.emulator(memory_limit=before + 2 * room)
+    m = build(c, device="cuda-emulated", weights="int8")
+    _native.testing.emulator()
+    assert same(all_logits(m, tokens), expected)
+    assert asked(lambda: all_logits(m, tokens)) == launches
+
+
 # --- the same bits ---
 
 

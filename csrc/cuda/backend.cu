@@ -45,8 +45,7 @@ class GpuKv final : public KvStore {
 
 const GpuMatrix& gpu_matrix(const Matrix& m) { return static_cast<const GpuMatrix&>(m); }
 
-constexpr int64_t kCublasRows = 64;  // a product of fewer rows is not worth its launch
-constexpr int64_t kListed = 64;      // places for listed ids, at least
+constexpr int64_t kListed = 64;  // places for listed ids, at least
 constexpr size_t kGraphs = 64;
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -71,7 +70,10 @@ class CudaBackend final : public Backend {
 
   std::unique_ptr<Matrix> load_matrix(const HostTensor& source, DType target, bool, const Consumed& consumed) override {
     device_->use();
-    large_bf16_ |= target == DType::BF16;
+    if (target != DType::BF16) {
+      int64_t& largest = quantised_[source.rows];
+      largest = std::max(largest, source.rows * round_up(source.cols, 32) * 2);
+    }
     return load_gpu_matrix(device_, source, target, consumed);
   }
 
@@ -101,7 +103,6 @@ class CudaBackend final : public Backend {
 
   int64_t prepare(const Config& c) override {
     device_->use();
-    if (large_bf16_ && !deterministic_) cublas_ = Cublas::load(device_);
     vocab_ = c.vocab_size;
     head_dim_ = count(c.head_dim);
     heads_a_group_ = count(c.num_heads / c.num_kv_heads);
@@ -136,6 +137,7 @@ class CudaBackend final : public Backend {
       device_->upload(m.data(), f.data(), f.size() * sizeof(float));
     }
     device_->wait("upload of weights");
+    if (!deterministic_) prepare_cublas(c.vocab_size);
     return kMaxRows;
   }
 
@@ -343,8 +345,7 @@ class CudaBackend final : public Backend {
         a.out16 = t.out16;
         a.stride = t.stride;
         a.add = after == After::add;
-        if (!cublas_ || t.w->type != DType::BF16 || n < kCublasRows || !cublas_->matmul(*device_, a))
-          matmul(*device_, t.w->type, a);
+        if (!by_cublas(t.w->type, a)) matmul(*device_, t.w->type, a);
       }
       return;
     }
@@ -365,6 +366,34 @@ class CudaBackend final : public Backend {
         a.parts[a.count++] = {targets[i].w->planes, targets[i].out, targets[i].stride};
       matvec(*device_, type, a);
     }
+  }
+
+  // cuBLASLt, and room for a layer's largest quantised matrix as bf16. The head's would be several times as large, and has few rows as a
+  // rule. The own kernel needs neither: where memory does not suffice, it goes on.
+  void prepare_cublas(int64_t vocab) {
+    int64_t bytes = 0;
+    for (const auto& [rows, largest] : quantised_)
+      if (rows != vocab) bytes = std::max(bytes, largest);
+    try {
+      cublas_ = Cublas::load(device_);
+      if (cublas_ && bytes) as_bf16_ = reserve(bytes);
+    } catch (const OutOfMemory&) {
+    }
+  }
+
+  // Does a product of enough rows by cuBLASLt, where there is one: bf16 weights as they lie, others after one pass that makes them bf16.
+  bool by_cublas(DType type, MatmulArgs a) {
+    if (!cublas_ || a.m < kExactRows) return false;
+    if (type != DType::BF16) {
+      if (a.w.rows * a.k * 2 > static_cast<int64_t>(as_bf16_.bytes())) return false;
+      dequantise(*device_, type, a.w, bf16_in(as_bf16_.floats()));
+      Planes bf16;
+      bf16.low = as_bf16_.data();
+      bf16.rows = a.w.rows;
+      bf16.pieces = a.k / piece_values(DType::BF16);
+      a.w = bf16;
+    }
+    return cublas_->matmul(*device_, a);
   }
 
   // x += post_norm(W in)
@@ -478,14 +507,15 @@ class CudaBackend final : public Backend {
 
   std::shared_ptr<Device> device_;
   const bool deterministic_;
-  bool large_bf16_ = false;
-  std::unique_ptr<Cublas> cublas_;  // null: the own kernel does all products
+  std::map<int64_t, int64_t> quantised_;  // by rows: bytes of the largest quantised matrix as bf16
+  std::unique_ptr<Cublas> cublas_;        // null: the own kernel does all products
   int64_t vocab_ = 0;
   int head_dim_ = 0, heads_a_group_ = 1;
   std::once_flag shaped_;
   std::vector<KvLayer> kv_;  // a layer each
   Memory inputs_, tiles_, qkv_, y_, gate_, up_, packed_, logits_, candidates_, results_, partial_,
       matvec_scratch_;
+  Memory as_bf16_;                                         // a quantised matrix, for cuBLASLt
   std::vector<uint8_t> host_;                              // what goes to inputs_ or comes from results_
   std::map<std::pair<float, float>, Memory> frequencies_;  // by base and scale
   // Of the pass that runs.

@@ -3,11 +3,10 @@
 #include "cublas.h"
 
 #include <algorithm>
+#include <cstdlib>
 
 #if defined(__CUDACC__) && !defined(_WIN32)
 #include <dlfcn.h>
-
-#include <cstdlib>
 #endif
 
 namespace gemma::gpu {
@@ -180,9 +179,18 @@ bool Cublas::matmul(Device& d, const MatmulArgs& a) {
 
 struct Cublas::Library {};
 struct Cublas::Plan {};
-std::unique_ptr<Cublas> Cublas::load(const std::shared_ptr<Device>&) { return nullptr; }
 Cublas::~Cublas() = default;
-bool Cublas::matmul(Device&, const MatmulArgs&) { return false; }
+std::unique_ptr<Cublas> Cublas::load(const std::shared_ptr<Device>&) {
+#if !defined(__CUDACC__)
+  const char* chosen = std::getenv("GEMMA_NATIVE_CUBLAS");
+  if (chosen && std::string(chosen) == "emulated") return std::unique_ptr<Cublas>(new Cublas);
+#endif
+  return nullptr;
+}
+bool Cublas::matmul(Device& d, const MatmulArgs& a) {
+  gpu::matmul(d, DType::BF16, a);
+  return true;
+}
 
 #endif
 

@@ -13,10 +13,11 @@ namespace gemma::gpu {
 
 class Cublas {
  public:
-  // Null where there is none, or where it does not work on this device.
+  // Null where there is none, or where it does not work on this device. The emulation has the own kernel in its place, where
+  // GEMMA_NATIVE_CUBLAS=emulated asks for it: what goes on around the library is tested so.
   static std::unique_ptr<Cublas> load(const std::shared_ptr<Device>& device);
   ~Cublas();
-  // False where it has no way to do this product; nothing has been done then.
+  // W is bf16. False where it has no way to do this product; nothing has been done then.
   bool matmul(Device& d, const MatmulArgs& a);
   const std::string& path() const { return path_; }
 

@@ -81,6 +81,8 @@ struct MatmulArgs {
   bool add = false;           // to `out`
 };
 void matmul(Device& d, DType type, const MatmulArgs& a);
+// out[rows][32 pieces] = a quantised matrix, each value rounded to bf16 as `matmul` does
+void dequantise(Device& d, DType type, const Planes& w, uint16_t* out);
 
 // ---- pointwise.cu ----
 

@@ -8,22 +8,24 @@ namespace {
 constexpr int kM = 128, kN = 128, kK = 32;  // a block's tile
 constexpr int kPitch = kK + 8;              // values between rows of a tile: eight rows meet all banks once
 
+// Values 8 part to 8 part + 7 of a piece as bf16.
+template <DType T>
+GEMMA_DEVICE Word4 eight_bf16(const Piece<T>& p, int part) {
+  float v[8];
+  eight_scaled<T>(p, part, v);
+  return {bf16_pair(v[0], v[1]), bf16_pair(v[2], v[3]), bf16_pair(v[4], v[5]), bf16_pair(v[6], v[7])};
+}
+
 // A row's half of a piece, 16 values, as bf16.
 template <DType T>
 GEMMA_DEVICE void store_half(const Piece<T>& p, int half, uint16_t* to) {
-  float v[16];
+  auto* words = reinterpret_cast<Word4*>(to);
   if (half == 0) {
-    eight_scaled<T>(p, 0, v);
-    eight_scaled<T>(p, 1, v + 8);
+    words[0] = eight_bf16<T>(p, 0);
+    words[1] = eight_bf16<T>(p, 1);
   } else {
-    eight_scaled<T>(p, 2, v);
-    eight_scaled<T>(p, 3, v + 8);
-  }
-  GEMMA_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    const float* u = v + 8 * i;
-    *reinterpret_cast<Word4*>(to + 8 * i) = {bf16_pair(u[0], u[1]), bf16_pair(u[2], u[3]), bf16_pair(u[4], u[5]),
-                                             bf16_pair(u[6], u[7])};
+    words[0] = eight_bf16<T>(p, 2);
+    words[1] = eight_bf16<T>(p, 3);
   }
 }
 
@@ -127,6 +129,45 @@ GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 2) matmul_kernel(MatmulArgs a) {
   }
 }
 
+// out[rows, 32 pieces] = W as bf16. Bytes: W once in, two bytes a value out. Layout: a warp has 32 pieces of a row, a lane loads one; by
+// shared memory, so that lanes next to each other store 16 bytes side by side, eight values each. There the parts of a piece stand in
+// an order that differs from piece to piece, so that eight lanes meet all banks once, in and out.
+template <DType T>
+GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4) dequantise_kernel(Planes w, uint16_t* out) {
+  allow_next();
+  GEMMA_SHARED(Word4, parts, kBlockThreads * 4);
+  const int64_t row = static_cast<int64_t>(block_x()) * kBlockThreads / 32 + warp(), first = block_y() * 32;
+  const bool in = row < w.rows;
+  const int64_t piece = first + lane() < w.pieces ? first + lane() : w.pieces - 1;
+  Word4* mine = parts + warp() * 128;
+  auto place = [](int piece, int part) { return piece * 4 + (part ^ piece / 2 % 4); };
+  // Weights do not depend on the kernel before; `out` does, which that may still read.
+  const Piece<T> p = load_piece<T>(w, in ? row : 0, piece);
+  wait_for_previous();
+  if (!in) return;
+  GEMMA_UNROLL
+  for (int part = 0; part < 4; ++part) mine[place(lane(), part)] = eight_bf16<T>(p, part);
+  sync_warp();
+  auto* to = reinterpret_cast<Word4*>(out) + (row * w.pieces + first) * 4;
+  GEMMA_UNROLL
+  for (int i = lane(); i < 128; i += 32)
+    if (first + i / 4 < w.pieces) to[i] = mine[place(i / 4, i % 4)];
+}
+
+struct Dequantise {
+  Device& d;
+  const Planes& w;
+  uint16_t* out;
+  template <DType T>
+  void run() const {
+    constexpr int kWarps = kBlockThreads / 32;
+    if constexpr (T != DType::BF16)
+      d.launch("dequantise", dequantise_kernel<T>,
+               {static_cast<int>((w.rows + kWarps - 1) / kWarps), static_cast<int>((w.pieces + 31) / 32)},
+               kBlockThreads, 0, w, out);
+  }
+};
+
 struct Matmul {
   Device& d;
   const MatmulArgs& a;
@@ -140,5 +181,7 @@ struct Matmul {
 }  // namespace
 
 void matmul(Device& d, DType type, const MatmulArgs& a) { with_type(type, Matmul{d, a}); }
+
+void dequantise(Device& d, DType type, const Planes& w, uint16_t* out) { with_type(type, Dequantise{d, w, out}); }
 
 }  // namespace gemma::gpu
