@@ -88,9 +88,15 @@ GEMMA_HOST_DEVICE constexpr uint32_t bf16_bits_of_integer(int i) {
 }
 // Exact for every half, the subnormal ones too.
 GEMMA_HOST_DEVICE float float_of_half(uint16_t h) {
+#if defined(__CUDA_ARCH__)
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+  return f;
+#else
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, rest = h & 0x7fff;
   if (rest >= 0x7c00) return bits_float(sign | 0x7f800000u | (rest & 1023) << 13);
   return bits_float(sign | float_bits(bits_float(rest << 13) * 5.192296858534828e33f));  // 2^112
+#endif
 }
 
 #if defined(__CUDACC__)
@@ -136,11 +142,18 @@ GEMMA_DEVICE uint32_t add_pairs(uint32_t a, uint32_t b) {
 
 // d += a b: a 16 x 16 and b 16 x 8 bf16 fragments, d 16 x 8 float32 (PTX's layout of mma.m16n8k16).
 GEMMA_DEVICE void mma(float* d, const uint32_t* a, const uint32_t* b) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
       "%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// d = a b
+GEMMA_DEVICE void mma_new(float* d, const uint32_t* a, const uint32_t* b) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, "
+      "%10, "
+      "%10};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.0f));
 }
 // Four 8 x 8 matrices of 16-bit values; lane l names row l % 8 of matrix l / 8 in shared memory.
 GEMMA_DEVICE void load_matrices(uint32_t* r, const void* row) {
@@ -287,6 +300,11 @@ inline void mma(float* d, const uint32_t* a, const uint32_t* b) {
         }
       },
       &o, "mma");
+}
+
+inline void mma_new(float* d, const uint32_t* a, const uint32_t* b) {
+  for (int i = 0; i < 4; ++i) d[i] = 0;
+  mma(d, a, b);
 }
 
 template <bool kTransposed>

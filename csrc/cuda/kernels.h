@@ -163,14 +163,15 @@ void log_softmax_at(Device& d, const float* logits, int n, int vocab, const int3
 
 // ---- shared by kernels ----
 
-// The sum over a block of kBlockThreads threads, in one order; `scratch`: 9 floats of shared memory. Starts and ends with a barrier.
+// The sum over a block, in one order; `scratch`: a float of shared memory a warp. Starts and ends with a barrier.
+template <int kThreads = kBlockThreads>
 GEMMA_DEVICE float block_sum(float x, float* scratch) {
   x = warp_sum(x);
   sync_block();
   if (lane() == 0) scratch[warp()] = x;
   sync_block();
   float sum = 0;
-  for (int i = 0; i < kBlockThreads / 32; ++i) sum += scratch[i];
+  for (int i = 0; i < kThreads / 32; ++i) sum += scratch[i];
   sync_block();
   return sum;
 }

@@ -63,6 +63,14 @@ void values_of(DType t, const uint8_t* block, int j, uint8_t* v) {
   }
 }
 
+// Into a word: `first` at bit `at`, `second` `apart` bits higher.
+void set_bits(uint8_t* word, int64_t at, int first, int second, int apart) {
+  uint32_t w;
+  std::memcpy(&w, word, 4);
+  w |= static_cast<uint32_t>(first) << at | static_cast<uint32_t>(second) << (at + apart);
+  std::memcpy(word, &w, 4);
+}
+
 // One row as a file has it to its places in the planes.
 void lay_row(DType t, const uint8_t* row, int64_t k, const Strides& s, uint8_t* low, uint8_t* more, uint8_t* high,
              uint8_t* scales, uint8_t* super) {
@@ -87,12 +95,10 @@ void lay_row(DType t, const uint8_t* row, int64_t k, const Strides& s, uint8_t* 
       for (int i = 0; i < 4; ++i) {
         low[word + i] = t == DType::Q8_0 ? x[i] : static_cast<uint8_t>((x[i] & 15) | (y[i] & 15) << 4);
         if (t == DType::Q8_0) more[word + i] = y[i];
-        if (high_bytes(t) == 4)
-          high[four * 16 + q * 4 + b] |= static_cast<uint8_t>(x[i] >> 4 << i | y[i] >> 4 << (i + 4));
-        if (high_bytes(t) == 8) {
-          high[four * 32 + q * 8 + b * 2] |= static_cast<uint8_t>(x[i] >> 4 << 2 * i);
-          high[four * 32 + q * 8 + b * 2 + 1] |= static_cast<uint8_t>(y[i] >> 4 << 2 * i);
-        }
+        // Bit of `high`'s words: of values below 16, then 2 (Q6_K 4) higher; every second value 16 higher.
+        if (high_bytes(t) == 4) set_bits(high + four * 16 + q * 4, 4 * b + i % 2 + i / 2 * 16, x[i] >> 4, y[i] >> 4, 2);
+        if (high_bytes(t) == 8)
+          set_bits(high + four * 32 + q * 8 + b / 2 * 4, b % 2 * 8 + i % 2 * 2 + i / 2 * 16, x[i] >> 4, y[i] >> 4, 4);
       }
     }
     switch (t) {

@@ -6,7 +6,7 @@ namespace gemma::gpu {
 
 namespace {
 
-constexpr int kMatvecWarps = kBlockThreads / 32;
+constexpr int kMatvecThreads = 512, kMatvecWarps = kMatvecThreads / 32;
 constexpr int kParts = 3;         // bf16 values that an activation is the sum of
 constexpr int kSliceRows = 64;    // rows of x a launch, which bounds the scratch
 constexpr int kMostValues = 128;  // rows of x are padded with zeros to a multiple of this
@@ -21,8 +21,8 @@ struct RowAt {
   const uint8_t *low, *more, *high, *scales, *super;
 };
 template <DType T>
-GEMMA_DEVICE RowAt row_at(const Planes& w, int64_t row, int q) {
-  const int64_t first = row * w.pieces;
+GEMMA_DEVICE RowAt row_at(const Planes& w, int row, int q) {
+  const int64_t first = row * static_cast<int64_t>(static_cast<int>(w.pieces));
   RowAt r{};
   r.low = w.low + (first * 16 + q * 16);
   if constexpr (T == DType::BF16) return r;
@@ -88,6 +88,9 @@ GEMMA_DEVICE Scales chunk_scales(const Chunk<T>& v, int c, int b) {
   return s;
 }
 
+// Bit `from` of w becomes bit `to`.
+GEMMA_DEVICE uint32_t shifted(uint32_t w, int from, int to) { return from < to ? w << (to - from) : w >> (from - to); }
+
 // A lane's four values of 16 of piece b, first or second half, as two pairs of bf16: values 0 and 2 of the four, then 1 and 3. BF16: values
 // 0 and 1, then 2 and 3, of four that stand together.
 template <DType T>
@@ -106,14 +109,15 @@ GEMMA_DEVICE void fragment(const Chunk<T>& v, int b, int half, uint32_t* pairs) 
     const uint32_t w = word_of(v.low, b) >> 4 * half;
     uint32_t even = w & 0x000f000fu, odd = w >> 8 & 0x000f000fu;
     if constexpr (high_bytes(T) == 4) {
-      const uint32_t e = v.high.x >> (8 * b + 4 * half);
-      even |= (e & 1) << 4 | (e & 4) << 18;
-      odd |= (e & 2) << 3 | (e & 8) << 17;
+      const int bit = 4 * b + 2 * half;
+      even |= shifted(v.high.x, bit, 4) & 0x00100010u;
+      odd |= shifted(v.high.x, bit + 1, 4) & 0x00100010u;
     }
     if constexpr (high_bytes(T) == 8) {
-      const uint32_t e = (b < 2 ? v.high.x : v.high.y) >> (16 * (b % 2) + 8 * half);
-      even |= (e & 0x03) << 4 | (e & 0x30) << 16;
-      odd |= (e & 0x0c) << 2 | (e & 0xc0) << 14;
+      const uint32_t h = b < 2 ? v.high.x : v.high.y;
+      const int bit = b % 2 * 8 + 4 * half;
+      even |= shifted(h, bit, 4) & 0x00300030u;
+      odd |= shifted(h, bit + 2, 4) & 0x00300030u;
     }
     // 0x4300 is 128 in bf16, and its lowest bit 1.
     constexpr uint32_t less = bf16_bits_of_integer(-128 - value_offset(T)) * 0x10001u;
@@ -164,76 +168,90 @@ GEMMA_DEVICE Float4 load_unit(const float* x, int u, int cols) {
   return {at(4 * u), at(4 * u + 1), at(4 * u + 2), at(4 * u + 3)};
 }
 
-// Row n of x to its columns, by a block; normed first where a.norm is there. Every launch does it alike, so that a row's bits are the same
-// in any company. Eight loads are in flight a thread; stores come after them, since the compiler cannot know that they hit other memory.
-GEMMA_DEVICE void split_row(const MatvecArgs& a, int n, bool bf16, bool minimum, float* scratch, const Split& to) {
-  constexpr int kUnits = 8, kStep = kUnits * kBlockThreads;
+// The units of x[cols] that a thread has of a batch, from unit `from` on.
+constexpr int kUnits = 4, kBatch = kUnits * kMatvecThreads;
+GEMMA_DEVICE void load_units(const float* x, int from, int cols, Float4* v) {
+  GEMMA_UNROLL
+  for (int i = 0; i < kUnits; ++i) v[i] = load_unit(x, from + i * kMatvecThreads, cols);
+}
+
+// Row n of x to its columns, by a block; normed first where a.norm is there, of which `norm` has the first batch. Every launch does it alike,
+// so that a row's bits are the same in any company. Loads come before stores, since the compiler cannot know that these hit other memory.
+GEMMA_DEVICE void split_row(const MatvecArgs& a, int n, bool bf16, bool minimum, Float4* norm, float* scratch,
+                            const Split& to) {
   const float* x = a.x + (a.pick ? a.pick[n] : n) * a.x_stride;
   const int units = static_cast<int>(padded(a.cols)) / 4;
   Float4 v[kUnits];
-  auto load = [&](int from) {
-    GEMMA_UNROLL
-    for (int i = 0; i < kUnits; ++i) v[i] = load_unit(x, from + i * kBlockThreads, a.cols);
-  };
-  load(thread_x());
+  load_units(x, thread_x(), a.cols, v);
   float scale = 1;
   if (a.norm) {
     float s = 0;
-    for (int from = thread_x();; load(from)) {
+    for (int from = thread_x();; load_units(x, from, a.cols, v)) {
       GEMMA_UNROLL
-      for (int i = 0; i < kUnits; ++i)
-        s = multiply_add(v[i].x, v[i].x,
-                         multiply_add(v[i].y, v[i].y, multiply_add(v[i].z, v[i].z, multiply_add(v[i].w, v[i].w, s))));
-      from += kStep;
+      for (int i = 0; i < kUnits; ++i) {
+        s = multiply_add(v[i].x, v[i].x, s);
+        s = multiply_add(v[i].y, v[i].y, s);
+        s = multiply_add(v[i].z, v[i].z, s);
+        s = multiply_add(v[i].w, v[i].w, s);
+      }
+      from += kBatch;
       if (from >= units) break;
     }
-    scale = 1.0f / sqrtf(block_sum(s, scratch) / static_cast<float>(a.cols) + a.eps);
-    if (units > kStep) load(thread_x());
+    scale = 1.0f / sqrtf(block_sum<kMatvecThreads>(s, scratch) / static_cast<float>(a.cols) + a.eps);
+    if (units > kBatch) load_units(x, thread_x(), a.cols, v);
   }
   for (int from = thread_x(); from < units;) {
     if (a.norm) {
       GEMMA_UNROLL
-      for (int i = 0; i < kUnits; ++i) {
-        const Float4 w = load_unit(a.norm, from + i * kBlockThreads, a.cols);
-        v[i] = {v[i].x * scale * w.x, v[i].y * scale * w.y, v[i].z * scale * w.z, v[i].w * scale * w.w};
-      }
+      for (int i = 0; i < kUnits; ++i)
+        v[i] = {v[i].x * scale * norm[i].x, v[i].y * scale * norm[i].y, v[i].z * scale * norm[i].z,
+                v[i].w * scale * norm[i].w};
     }
     GEMMA_UNROLL
     for (int i = 0; i < kUnits; ++i)
-      if (from + i * kBlockThreads < units) split_unit(v[i], from + i * kBlockThreads, n, bf16, minimum, to);
-    from += kStep;
-    if (from < units) load(from);
+      if (from + i * kMatvecThreads < units) split_unit(v[i], from + i * kMatvecThreads, n, bf16, minimum, to);
+    from += kBatch;
+    if (from >= units) break;
+    load_units(x, from, a.cols, v);
+    if (a.norm) load_units(a.norm, from, a.cols, norm);
   }
 }
 
 // Bytes: x once, its parts once. Layout: a block a row.
-GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4) split_kernel(MatvecArgs a, bool bf16, bool minimum, Split to) {
-  start();
-  GEMMA_SHARED(float, scratch, 9);
-  split_row(a, block_x(), bf16, minimum, scratch, to);
+GEMMA_KERNEL GEMMA_BOUNDS(kMatvecThreads, 2) split_kernel(MatvecArgs a, bool bf16, bool minimum, Split to) {
+  GEMMA_SHARED(float, scratch, kMatvecWarps);
+  Float4 norm[kUnits];
+  allow_next();
+  if (a.norm) load_units(a.norm, thread_x(), a.cols, norm);
+  wait_for_previous();
+  split_row(a, block_x(), bf16, minimum, norm, scratch, to);
 }
 
 // ---- the product -----------------------------------------------------------------------------------------------------------
 
-// Rows of W of a group that a lane has: fragment rows lane / 4 and lane / 4 + 8. geglu: a row of gate and the same row of up. Past the end the
-// last row is computed again, and dropped.
-struct TwoRows {
-  int part[2];
-  int64_t row[2];
-};
-GEMMA_DEVICE TwoRows rows_of(const MatvecArgs& a, int64_t total, int64_t group) {
-  TwoRows t;
+// A group is 16 rows of W; geglu: 8 of gate and the same 8 of up. Lanes have fragment rows lane / 4 and lane / 4 + 8. Past the end the last row
+// is computed again, and dropped.
+GEMMA_HOST_DEVICE int rows_a_group(const MatvecArgs& a) { return a.after == After::geglu ? 8 : 16; }
+GEMMA_HOST_DEVICE int total_rows(const MatvecArgs& a) {
+  int64_t total = 0;
+  for (int p = 0; p < (a.after == After::geglu ? 1 : a.count); ++p) total += a.parts[p].w.rows;
+  return static_cast<int>(total);
+}
+GEMMA_DEVICE int part_of(const MatvecArgs& a, int& row) {
+  int part = 0;
+  while (part + 1 < a.count && row >= a.parts[part].w.rows) row -= static_cast<int>(a.parts[part++].w.rows);
+  return part;
+}
+template <DType T>
+GEMMA_DEVICE void locate(const MatvecArgs& a, int total, int group, RowAt* at) {
   GEMMA_UNROLL
   for (int i = 0; i < 2; ++i) {
-    int64_t r = a.after == After::geglu ? group * 8 + lane() / 4 : group * 16 + lane() / 4 + 8 * i;
-    r = r < total ? r : total - 1;
-    int part = a.after == After::geglu ? i : 0;
-    if (a.after != After::geglu)
-      while (part + 1 < a.count && r >= a.parts[part].w.rows) r -= a.parts[part++].w.rows;
-    t.part[i] = part;
-    t.row[i] = r;
+    const bool geglu = a.after == After::geglu;
+    int row = group * (geglu ? 8 : 16) + lane() / 4 + (geglu ? 0 : 8 * i);
+    row = row < total ? row : total - 1;
+    const int part = geglu ? i : part_of(a, row);
+    at[i] = row_at<T>(a.parts[part].w, row, lane() % 4);
   }
-  return t;
 }
 
 // acc[j] += chunk c of 16 rows of W times columns 8 j to 8 j + 7 of x.
@@ -243,12 +261,7 @@ GEMMA_DEVICE void multiply_chunk(const Chunk<T>* w, int c, const Split& x, int f
   const int column = lane() / 4, q = lane() % 4;
   GEMMA_UNROLL
   for (int b = 0; b < kPieces; ++b) {
-    float sum[G][4];
-    GEMMA_UNROLL
-    for (int j = 0; j < G; ++j) {
-      GEMMA_UNROLL
-      for (int i = 0; i < 4; ++i) sum[j][i] = 0;
-    }
+    float sum[G][4];  // of quantised weights, before their scales
     Scales s[2];
     if constexpr (T != DType::BF16) {
       s[0] = chunk_scales<T>(w[0], c, b);
@@ -260,7 +273,6 @@ GEMMA_DEVICE void multiply_chunk(const Chunk<T>* w, int c, const Split& x, int f
         GEMMA_UNROLL
         for (int i = 0; i < 4; ++i) {
           acc[j][i] = multiply_add(i < 2 ? upper : lower, sum[j][i], acc[j][i]);
-          sum[j][i] = 0;
         }
       }
     };
@@ -277,7 +289,12 @@ GEMMA_DEVICE void multiply_chunk(const Chunk<T>* w, int c, const Split& x, int f
         if (column + 8 * j < columns)
           fx = *reinterpret_cast<const Word2*>(x.units + ((at * x.columns + first + column + 8 * j) * 4 + q) * 4);
         const uint32_t pair[2] = {fx.x, fx.y};
-        mma(T == DType::BF16 ? acc[j] : sum[j], fw, pair);
+        if constexpr (T == DType::BF16)
+          mma(acc[j], fw, pair);
+        else if (half == 0 || T == DType::Q6_K)
+          mma_new(sum[j], fw, pair);
+        else
+          mma(sum[j], fw, pair);
       }
       if constexpr (T == DType::Q6_K) close(half ? s[0].second : s[0].scale, half ? s[1].second : s[1].scale);
     }
@@ -297,131 +314,145 @@ GEMMA_DEVICE void multiply_chunk(const Chunk<T>* w, int c, const Split& x, int f
   }
 }
 
-// What becomes of a group's sums, in shared memory [warps][16][8 G]: a thread a result, warps and parts in order.
-template <int G>
-GEMMA_DEVICE void finish(const MatvecArgs& a, int64_t total, int64_t group, int first, int rows, const float* sums) {
-  const int per = a.after == After::geglu ? 8 : 16;
-  for (int o = thread_x(); o < per * rows; o += kBlockThreads) {
-    const int i = o % per, n = o / per;
-    auto sum_of = [&](int row) {
-      float s = 0;
-      GEMMA_UNROLL
-      for (int w = 0; w < kMatvecWarps; ++w) {
-        GEMMA_UNROLL
-        for (int p = 0; p < kParts; ++p) s += sums[(w * 16 + row) * 8 * G + n * kParts + p];
-      }
-      return s;
-    };
-    int64_t r = group * per + i;
-    if (r >= total) continue;
-    if (a.after == After::geglu) {
-      a.parts[0].out[(first + n) * a.parts[0].stride + r] = gelu(sum_of(i)) * sum_of(i + 8);
-      continue;
+// A result, and what becomes of it; `row` counts over the parts.
+GEMMA_DEVICE void put(const MatvecArgs& a, int row, int n, float v) {
+  const int part = a.after == After::geglu ? 0 : part_of(a, row);
+  float* out = a.parts[part].out + n * a.parts[part].stride + row;
+  *out = a.after == After::add ? *out + v : v;
+}
+
+// What the warps have of a group's sums, in shared memory [warps][16][8 G], becomes results: for each row of W and row of x the warps in order,
+// then the parts. kOne: a thread a part, which is why there are four lanes a row.
+template <int G, bool kOne>
+GEMMA_DEVICE void finish(const MatvecArgs& a, int total, int group, int first, int rows, const float* sums) {
+  const bool geglu = a.after == After::geglu;
+  auto part_sum = [&](int row, int column) {
+    float s = 0;
+    GEMMA_UNROLL
+    for (int w = 0; w < kMatvecWarps; ++w) s += sums[(w * 16 + row) * 8 * G + column];
+    return s;
+  };
+  static_assert(kParts == 3, "the sums below");
+  if constexpr (kOne) {
+    if (thread_x() >= 64) return;
+    const int i = thread_x() / 4, part = thread_x() % 4;
+    float s = part < kParts ? part_sum(geglu ? i / 2 + i % 2 * 8 : i, part) : 0.0f;
+    s += shuffle_xor(s, 1);
+    s += shuffle_xor(s, 2);
+    const float up = shuffle_xor(s, 4);
+    const int row = geglu ? group * 8 + i / 2 : group * 16 + i;
+    if (part == 0 && row < total && !(geglu && i % 2)) put(a, row, 0, geglu ? gelu(s) * up : s);
+  } else {
+    const int per = geglu ? 8 : 16;
+    for (int o = thread_x(); o < per * rows; o += kMatvecThreads) {
+      const int i = o % per, n = o / per, row = group * per + i;
+      auto sum = [&](int of) {
+        return part_sum(of, n * kParts) + part_sum(of, n * kParts + 1) + (part_sum(of, n * kParts + 2) + 0.0f);
+      };
+      if (row < total) put(a, row, first + n, geglu ? gelu(sum(i)) * sum(i + 8) : sum(i));
     }
-    int part = 0;
-    while (part + 1 < a.count && r >= a.parts[part].w.rows) r -= a.parts[part++].w.rows;
-    float* out = a.parts[part].out + (first + n) * a.parts[part].stride + r;
-    *out = a.after == After::add ? *out + sum_of(i) : sum_of(i);
   }
+}
+
+// Chunks of two rows of W that a lane has asked for: as many as fit in registers.
+template <DType T, int G>
+GEMMA_HOST_DEVICE constexpr int depth() {
+  const bool small = T == DType::BF16 || T == DType::Q4_0 || T == DType::Q5_0;
+  return (small ? 4 : 3) - (G > 1 && T != DType::BF16 && T != DType::Q4_0);
 }
 
 // y[n, rows] = W norm(x[n, cols]), with an epilogue. Bytes: W once from memory; the parts of x once a group of 16 rows of W, from shared
 // memory (kOne: a single row, which each block splits itself) or through L1.
-// Layout: as many blocks as run at once, each with every blocks_x()-th group. A group's 16 rows of W and 8 columns of x are fragments of
-// m16n8k16: three columns a row of x. Warp w takes chunks w, w + 8, ... along K, all its loads of 16 bytes at once and the next group's
-// before this one's sums are made; the warps' sums then meet in shared memory. A result's order of additions depends on cols alone.
-// Blocks (i, 0), (i, 1), ... have the same rows of W and the next 8 rows of x each: one of them brings a piece of W from memory and the others
-// find it in L2.
+// Layout: a block a multiprocessor, each with every blocks_x()-th group. A group's 16 rows of W and 8 columns of x are fragments of m16n8k16:
+// three columns a row of x. Warp w takes chunks w, w + 16, ... along K and asks for `depth` of them ahead, those of the next groups too; the
+// warps' sums meet in shared memory. A result's order of additions depends on cols alone. Blocks (i, 0), (i, 1), ... have the same rows of W and
+// the next 8 rows of x each: one of them brings a piece of W from memory and the others find it in L2.
 template <DType T, int G, bool kOne>
-GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 2) matvec_kernel(MatvecArgs a, Split x) {
-  constexpr int kAtOnce = T == DType::BF16 ? 4 : 2;  // chunks in registers
+GEMMA_KERNEL GEMMA_BOUNDS(kMatvecThreads, 1) matvec_kernel(MatvecArgs a, Split x) {
+  constexpr int kDepth = depth<T, G>();
   GEMMA_DYNAMIC_SHARED(dynamic);
   auto* sums = reinterpret_cast<float*>(dynamic);  // [2][warps][16][8 G]
   const int first = kOne ? 0 : block_y() * kRowsABlock, rows = a.n - first < kRowsABlock ? a.n - first : kRowsABlock;
-  const int pieces = static_cast<int>(a.parts[0].w.pieces), q = lane() % 4;
-  const int chunks = (a.cols + chunk_values(T) - 1) / chunk_values(T);
-  int64_t total = 0;
-  for (int p = 0; p < (a.after == After::geglu ? 1 : a.count); ++p) total += a.parts[p].w.rows;
-  const int64_t per = a.after == After::geglu ? 8 : 16;
+  const int pieces = static_cast<int>(a.parts[0].w.pieces), total = total_rows(a);
+  const int chunks = (a.cols + chunk_values(T) - 1) / chunk_values(T),
+            turns = (chunks + kMatvecWarps - 1) / kMatvecWarps;
+  const int groups = (total + rows_a_group(a) - 1) / rows_a_group(a);
 
   RowAt at[2];
-  Chunk<T> w[kAtOnce][2];
-  auto locate = [&](int64_t group) {
-    const TwoRows t = rows_of(a, total, group);
-    at[0] = row_at<T>(a.parts[t.part[0]].w, t.row[0], q);
-    at[1] = row_at<T>(a.parts[t.part[1]].w, t.row[1], q);
-  };
-  auto load = [&](int from) {
-    GEMMA_UNROLL
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int c = from + i * kMatvecWarps;
-      if (c >= chunks) break;
-      w[i][0] = load_chunk<T>(at[0], c, pieces, q);
-      w[i][1] = load_chunk<T>(at[1], c, pieces, q);
+  Chunk<T> w[kDepth][2];
+  int asked_group = block_x(), asked_turn = 0;
+  locate<T>(a, total, asked_group, at);
+  auto ask = [&](Chunk<T>* to) {
+    const int c = asked_turn * kMatvecWarps + warp();
+    if (asked_group < groups && c < chunks) {
+      to[0] = load_chunk<T>(at[0], c, pieces, lane() % 4);
+      to[1] = load_chunk<T>(at[1], c, pieces, lane() % 4);
     }
+    if (++asked_turn < turns) return;
+    asked_turn = 0;
+    asked_group += blocks_x();
+    if (asked_group < groups) locate<T>(a, total, asked_group, at);
   };
 
   allow_next();
-  int64_t group = block_x();
-  locate(group);
-  load(warp());  // weights do not depend on the kernel before
-  if (kOne && a.norm && thread_x() * 32 < a.cols) prefetch(a.norm + thread_x() * 32);
-  wait_for_previous();
+  GEMMA_UNROLL
+  for (int i = 0; i < kDepth; ++i) ask(w[i]);  // weights do not depend on the kernel before
   if constexpr (kOne) {
-    GEMMA_SHARED(float, scratch, 9);
+    GEMMA_SHARED(float, scratch, kMatvecWarps);
+    Float4 norm[kUnits];
+    if (a.norm) load_units(a.norm, thread_x(), a.cols, norm);
+    wait_for_previous();
     x.units = reinterpret_cast<uint16_t*>(dynamic + 2 * kMatvecWarps * 16 * 8 * sizeof(float));
     x.sums = reinterpret_cast<float*>(x.units + split_bytes(a.cols, 1) / 2);
     x.columns = kParts;
-    split_row(a, 0, T == DType::BF16, has_minimum(T), scratch, x);
+    split_row(a, 0, T == DType::BF16, has_minimum(T), norm, scratch, x);
     sync_block();
+  } else {
+    wait_for_previous();
   }
-  for (int turn = 0;; turn ^= 1) {
-    float acc[G][4];
+  float acc[G][4];
+  auto clear = [&] {
     GEMMA_UNROLL
     for (int j = 0; j < G; ++j) {
       GEMMA_UNROLL
       for (int i = 0; i < 4; ++i) acc[j][i] = 0;
     }
-    for (int from = warp();;) {
-      GEMMA_UNROLL
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int c = from + i * kMatvecWarps;
-        if (c < chunks) multiply_chunk<T, G>(w[i], c, x, first * kParts, rows * kParts, acc);
-      }
-      from += kAtOnce * kMatvecWarps;
-      if (from >= chunks) break;
-      load(from);
-    }
-    const int64_t next = group + blocks_x();
-    const bool more = next * per < total;
-    if (more) {
-      locate(next);
-      load(warp());
-    }
-    float* mine = sums + (turn * kMatvecWarps + warp()) * 16 * 8 * G;
+  };
+  clear();
+  for (int group = block_x(), turn = 0, half = 0;;) {
     GEMMA_UNROLL
-    for (int j = 0; j < G; ++j) {
-      GEMMA_UNROLL
-      for (int i = 0; i < 4; ++i) mine[(lane() / 4 + i / 2 * 8) * 8 * G + 8 * j + q * 2 + i % 2] = acc[j][i];
+    for (int i = 0; i < kDepth; ++i) {
+      const int c = turn * kMatvecWarps + warp();
+      if (c < chunks) multiply_chunk<T, G>(w[i], c, x, first * kParts, rows * kParts, acc);
+      ask(w[i]);
+      if (++turn == turns) {
+        float* mine = sums + (half * kMatvecWarps + warp()) * 16 * 8 * G;
+        GEMMA_UNROLL
+        for (int j = 0; j < G; ++j) {
+          GEMMA_UNROLL
+          for (int k = 0; k < 4; ++k)
+            mine[(lane() / 4 + k / 2 * 8) * 8 * G + 8 * j + lane() % 4 * 2 + k % 2] = acc[j][k];
+        }
+        sync_block();  // the other half of `sums` is written next: one barrier a group is enough
+        finish<G, kOne>(a, total, group, first, rows, sums + half * kMatvecWarps * 16 * 8 * G);
+        group += blocks_x();
+        turn = 0;
+        half ^= 1;
+        clear();
+      }
+      if (group >= groups) return;
     }
-    sync_block();  // the other half of `sums` is written next: one barrier a group is enough
-    finish<G>(a, total, group, first, rows, sums + turn * kMatvecWarps * 16 * 8 * G);
-    if (!more) return;
-    group = next;
   }
 }
 
 template <DType T, int G, bool kOne>
 void launch_product(Device& d, const MatvecArgs& a, const Split& x) {
-  int64_t total = 0;
-  for (int p = 0; p < (a.after == After::geglu ? 1 : a.count); ++p) total += a.parts[p].w.rows;
   size_t shared = 2 * kMatvecWarps * 16 * 8 * G * sizeof(float);
   if (kOne) shared += static_cast<size_t>(split_bytes(a.cols, 1) + (has_minimum(T) ? sums_bytes(a.cols, 1) : 0));
   const int of_x = kOne ? 1 : (a.n + kRowsABlock - 1) / kRowsABlock;
-  const int fit = 2 * (shared + 2048) <= d.shared_limit() ? 2 : 1;
-  const int64_t per = a.after == After::geglu ? 8 : 16, groups = (total + per - 1) / per;
-  const int64_t at_once = fit * d.processors() / of_x, of_w = groups < at_once ? groups : at_once < 1 ? 1 : at_once;
-  d.launch("matvec", matvec_kernel<T, G, kOne>, {static_cast<int>(of_w), of_x}, kBlockThreads, shared, a, x);
+  const int per = rows_a_group(a), groups = (total_rows(a) + per - 1) / per;
+  const int at_once = d.processors() / of_x, of_w = groups < at_once ? groups : at_once < 1 ? 1 : at_once;
+  d.launch("matvec", matvec_kernel<T, G, kOne>, {of_w, of_x}, kMatvecThreads, shared, a, x);
 }
 
 struct Matvec {
@@ -431,7 +462,7 @@ struct Matvec {
   void run() const {
     constexpr bool minimum = has_minimum(T);
     const size_t alone = static_cast<size_t>(split_bytes(a.cols, 1) + (minimum ? sums_bytes(a.cols, 1) : 0));
-    if (a.n == 1 && alone + (10 << 10) <= d.shared_limit()) return launch_product<T, 1, true>(d, a, {});
+    if (a.n == 1 && alone + (18 << 10) <= d.shared_limit()) return launch_product<T, 1, true>(d, a, {});
     MatvecArgs s = a;
     for (int first = 0; first < a.n; first += kSliceRows) {
       s.n = a.n - first < kSliceRows ? a.n - first : kSliceRows;
@@ -443,7 +474,7 @@ struct Matvec {
         if (a.parts[p].out) s.parts[p].out = a.parts[p].out + first * a.parts[p].stride;
       const Split x{reinterpret_cast<uint16_t*>(a.scratch),
                     reinterpret_cast<float*>(a.scratch + split_bytes(a.cols, kSliceRows)), s.n * kParts};
-      d.launch("split", split_kernel, {s.n}, kBlockThreads, 0, s, T == DType::BF16, minimum, x);
+      d.launch("split", split_kernel, {s.n}, kMatvecThreads, 0, s, T == DType::BF16, minimum, x);
       if (s.n <= 2)
         launch_product<T, 1, false>(d, s, x);
       else if (s.n <= 5)

@@ -5,8 +5,8 @@
 // q = 0 to 3, have in 16 bytes each what a fragment of m16n8k16 wants of them. Of a four, with b its pieces:
 //   low       [q][b] words: byte i holds the low nibbles of values 4q + i and 4q + i + 16; Q8_0: value 4q + i, + 128
 //   more      [q][b] words of Q8_0: byte i is value 4q + i + 16, + 128
-//   high      Q5: [q][b] bytes: bit i = bit 4 of value 4q + i, bit i + 4 of value 4q + i + 16
-//             Q6_K: [q][b] pairs of bytes: bits 2i, 2i + 1 = bits 4, 5 of value 4q + i; the second byte of value 4q + i + 16
+//   high      Q5: [q] words: bit 4b + i is bit 4 of value 4q + i, bit 4b + 2 + i of value 4q + i + 16, i = 0, 1; i = 2, 3 16 bits higher
+//             Q6_K: [q][b / 2] words: the same with two bits, bits 4 and 5, for each, and b % 2
 //   scales    of each piece in turn. Q8_0 Q4_0 Q5_0: half d; Q4_1 Q5_1: halves d, m; Q6_K: int8 of each half of the piece
 //             Q4_K Q5_K, for every 8 pieces: the file's 16 bytes: halves d, dmin, eight 6-bit scales and offsets
 //   super     Q6_K, for every 8 pieces: half d
@@ -40,6 +40,9 @@ struct Scales {
   float scale = 1, second = 1, minimum = 0;
 };
 
+// Conversions are slow: 2^23 + i has the bits of i, and the difference is exact.
+GEMMA_DEVICE float small_float(uint32_t i) { return bits_float(0x4b000000u | i) - 8388608.0f; }
+
 // Of piece j % 8 of the 16 bytes that eight pieces of Q4_K and Q5_K share.
 GEMMA_DEVICE Scales k_scales(const Word4& h, int j) {
   const int b = j % 4 * 8;
@@ -47,15 +50,15 @@ GEMMA_DEVICE Scales k_scales(const Word4& h, int j) {
   const uint32_t sc = j < 4 ? first & 63 : (third & 15) | (first >> 6 & 3) << 4;
   const uint32_t mn = j < 4 ? second & 63 : (third >> 4 & 15) | (second >> 6 & 3) << 4;
   Scales s;
-  s.scale = s.second = float_of_half(static_cast<uint16_t>(h.x)) * static_cast<float>(sc);
-  s.minimum = -(float_of_half(static_cast<uint16_t>(h.x >> 16)) * static_cast<float>(mn));
+  s.scale = s.second = float_of_half(static_cast<uint16_t>(h.x)) * small_float(sc);
+  s.minimum = -(float_of_half(static_cast<uint16_t>(h.x >> 16)) * small_float(mn));
   return s;
 }
 // Of a piece of Q6_K: two int8, and the half that eight pieces share.
 GEMMA_DEVICE Scales q6_scales(uint32_t two, float d) {
   Scales s;
-  s.scale = d * static_cast<float>(static_cast<int8_t>(two & 255));
-  s.second = d * static_cast<float>(static_cast<int8_t>(two >> 8 & 255));
+  s.scale = d * (small_float(two & 255 ^ 128) - 128);
+  s.second = d * (small_float(two >> 8 & 255 ^ 128) - 128);
   return s;
 }
 
@@ -92,13 +95,14 @@ GEMMA_DEVICE Piece<T> load_piece(const Planes& p, int64_t row, int64_t piece) {
   GEMMA_UNROLL
   for (int q = 0; q < 4; ++q) {
     if constexpr (high_bytes(T) == 4) {
-      const uint32_t h = p.high[four * 4 + q * 4 + b];
-      r.high.x |= (h & 15) << 4 * q | (h >> 4) << (16 + 4 * q);
+      const uint32_t h = *reinterpret_cast<const uint32_t*>(p.high + four * 4 + q * 4) >> 4 * b;
+      r.high.x |= (h & 3) << 4 * q | (h >> 16 & 3) << (4 * q + 2);
+      r.high.x |= (h >> 2 & 3) << (4 * q + 16) | (h >> 18 & 3) << (4 * q + 18);
     }
     if constexpr (high_bytes(T) == 8) {
-      const uint32_t h = *reinterpret_cast<const uint16_t*>(p.high + four * 8 + q * 8 + b * 2);
-      r.high.x |= (h & 255) << 8 * q;
-      r.high.y |= (h >> 8) << 8 * q;
+      const uint32_t h = *reinterpret_cast<const uint32_t*>(p.high + four * 8 + q * 8 + b / 2 * 4) >> b % 2 * 8;
+      r.high.x |= (h & 15) << 8 * q | (h >> 16 & 15) << (8 * q + 4);
+      r.high.y |= (h >> 4 & 15) << 8 * q | (h >> 20 & 15) << (8 * q + 4);
     }
   }
   Scales s;
