@@ -18,6 +18,7 @@
   extern __shared__ __align__(16) uint8_t gemma_dynamic[]; \
   uint8_t* name = gemma_dynamic
 #define GEMMA_UNROLL _Pragma("unroll")
+#define GEMMA_ROLLED _Pragma("unroll 1")
 #else
 #include "../emulator/emulator.h"
 #define gpu gpu_emulated
@@ -28,6 +29,7 @@
 #define GEMMA_SHARED(T, name, count) T* name = static_cast<T*>(::gemma::emulator::static_shared(sizeof(T) * (count)))
 #define GEMMA_DYNAMIC_SHARED(name) uint8_t* name = static_cast<uint8_t*>(::gemma::emulator::dynamic_shared())
 #define GEMMA_UNROLL
+#define GEMMA_ROLLED
 #endif
 
 namespace gemma::gpu {
@@ -180,6 +182,18 @@ GEMMA_DEVICE void copy_wait() {
 }
 
 GEMMA_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+// One instruction each, right to about 2^-22, subnormal values taken for 0: for what is rounded to bf16 later.
+GEMMA_DEVICE float exp2_fast(float x) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+GEMMA_DEVICE float reciprocal_fast(float x) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+GEMMA_DEVICE bool any_lane(bool x) { return __any_sync(0xffffffffu, x); }
 
 // Programmatic dependent launch (compute capability 9.0): the next kernel of the stream may take free multiprocessors already, but
 // reads and writes nothing that this one does before its own `wait_for_previous` returns. Every kernel calls both.
@@ -341,6 +355,9 @@ void copy_wait() {
 }
 
 inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+inline float exp2_fast(float x) { return std::exp2(x); }
+inline float reciprocal_fast(float x) { return 1.0f / x; }
+inline bool any_lane(bool x) { return warp_max(x ? 1.0f : 0.0f) > 0; }
 
 inline void allow_next() {}
 inline void wait_for_previous() { emulator::wait_for_previous(); }
