@@ -184,7 +184,7 @@ class CudaBackend final : public Backend {
     whole_ = picked > 0 && picked <= most_rows(wanted);
     bring(r, wanted.pick.data(), whole_ ? picked : 0, wanted.best.also.data(), whole_ ? listed : 0);
     decode_ = decode;
-    exact_ = deterministic_ || decode || rows.n < kExactRows;
+    exact_ = deterministic_ || decode || rows.n < exact_rows();
     tile_count_ = 0;
     if (!exact_ && flash_supports(kv_[0], head_dim_, heads_a_group_)) {
       std::vector<Tile> tiles;
@@ -368,6 +368,8 @@ class CudaBackend final : public Backend {
     }
   }
 
+  int64_t exact_rows() const { return cublas_ ? kFewRows : kExactRows; }
+
   // cuBLASLt, and room for a layer's largest quantised matrix as bf16. The head's would be several times as large, and has few rows as a
   // rule. The own kernel needs neither: where memory does not suffice, it goes on.
   void prepare_cublas(int64_t vocab) {
@@ -383,10 +385,10 @@ class CudaBackend final : public Backend {
 
   // Does a product of enough rows by cuBLASLt, where there is one: bf16 weights as they lie, others after one pass that makes them bf16.
   bool by_cublas(DType type, MatmulArgs a) {
-    if (!cublas_ || a.m < kExactRows) return false;
+    if (!cublas_ || a.m < kFewRows) return false;
     if (type != DType::BF16) {
       if (a.w.rows * a.k * 2 > static_cast<int64_t>(as_bf16_.bytes())) return false;
-      dequantise(*device_, type, a.w, bf16_in(as_bf16_.floats()));
+      dequantise(*device_, type, a.w, a.k, bf16_in(as_bf16_.floats()));
       Planes bf16;
       bf16.low = as_bf16_.data();
       bf16.rows = a.w.rows;
@@ -485,7 +487,8 @@ class CudaBackend final : public Backend {
   // logits_ of picked rows [first, first + n), of m that are asked for together.
   void head_rows(const Head& h, int64_t m, int64_t first, int64_t n) {
     product({{&gpu_matrix(h.w), logits_.floats(), vocab_}}, h.x.data, picked_ + first, h.norm.data, h.c.rms_norm_eps, n,
-            After::store, deterministic_ || decode_ || m < kExactRows);
+            After::store,
+            deterministic_ || decode_ || m < (gpu_matrix(h.w).type == DType::BF16 ? exact_rows() : kExactRows));
     if (h.c.final_softcap > 0) softcap(*device_, logits_.floats(), n * vocab_, h.c.final_softcap);
   }
 
@@ -513,7 +516,8 @@ class CudaBackend final : public Backend {
   int head_dim_ = 0, heads_a_group_ = 1;
   std::once_flag shaped_;
   std::vector<KvLayer> kv_;  // a layer each
-  Memory inputs_, tiles_, qkv_, y_, gate_, up_, packed_, logits_, candidates_, results_, partial_, matvec_scratch_;
+  Memory inputs_, tiles_, qkv_, y_, gate_, up_, packed_, logits_, candidates_, results_, partial_, matvec_scratch_,
+      matvec_tickets_;
   Memory as_bf16_;                                         // a quantised matrix, for cuBLASLt
   std::vector<uint8_t> host_;                              // what goes to inputs_ or comes from results_
   std::map<std::pair<float, float>, Memory> frequencies_;  // by base and scale

@@ -10,8 +10,9 @@ namespace gemma::gpu {
 
 constexpr int kSplit = 64;      // keys a block of decode attention: from absolute multiples of this
 constexpr int kRowsABlock = 8;  // activation rows a block of `matvec`
-constexpr int kExactRows = 64;  // rows from which the tensor cores do products; fewer are cheaper by `matvec`
-constexpr int kHeadRows = 64;   // rows of logits at a time
+// Fewer rows than this are cheaper by `matvec` than by `matmul`, and than by cuBLASLt.
+constexpr int kExactRows = 64, kFewRows = 16;
+constexpr int kHeadRows = 64;  // rows of logits at a time
 constexpr int kBlockThreads = 256;
 static_assert(kSplit == kKeyBlock, "rings hold whole blocks");
 
@@ -82,7 +83,7 @@ struct MatmulArgs {
 };
 void matmul(Device& d, DType type, const MatmulArgs& a);
 // out[rows][32 pieces] = a quantised matrix, each value rounded to bf16 as `matmul` does
-void dequantise(Device& d, DType type, const Planes& w, uint16_t* out);
+void dequantise(Device& d, DType type, const Planes& w, int k, uint16_t* out);
 
 // ---- pointwise.cu ----
 

@@ -129,16 +129,16 @@ GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 2) matmul_kernel(MatmulArgs a) {
   }
 }
 
-// out[rows, 32 pieces] = W as bf16. Bytes: W once in, two bytes a value out. Layout: a warp has 32 pieces of a row, a lane loads one; by
+// out[rows, 32 `pieces`] = W as bf16, without the padding of its rows to whole fours of pieces. Bytes: W once in, two bytes a value out. Layout: a warp has 32 pieces of a row, a lane loads one; by
 // shared memory, so that lanes next to each other store 16 bytes side by side, eight values each. There the parts of a piece stand in
 // an order that differs from piece to piece, so that eight lanes meet all banks once, in and out.
 template <DType T>
-GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4) dequantise_kernel(Planes w, uint16_t* out) {
+GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4) dequantise_kernel(Planes w, int pieces, uint16_t* out) {
   allow_next();
   GEMMA_SHARED(Word4, parts, kBlockThreads * 4);
   const int64_t row = static_cast<int64_t>(block_x()) * kBlockThreads / 32 + warp(), first = block_y() * 32;
   const bool in = row < w.rows;
-  const int64_t piece = first + lane() < w.pieces ? first + lane() : w.pieces - 1;
+  const int64_t piece = first + lane() < pieces ? first + lane() : pieces - 1;
   Word4* mine = parts + warp() * 128;
   auto place = [](int piece, int part) { return piece * 4 + (part ^ piece / 2 % 4); };
   // Weights do not depend on the kernel before; `out` does, which that may still read.
@@ -148,23 +148,24 @@ GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4) dequantise_kernel(Planes w, uint16_t
   GEMMA_UNROLL
   for (int part = 0; part < 4; ++part) mine[place(lane(), part)] = eight_bf16<T>(p, part);
   sync_warp();
-  auto* to = reinterpret_cast<Word4*>(out) + (row * w.pieces + first) * 4;
+  auto* to = reinterpret_cast<Word4*>(out) + (row * pieces + first) * 4;
   GEMMA_UNROLL
   for (int i = lane(); i < 128; i += 32)
-    if (first + i / 4 < w.pieces) to[i] = mine[place(i / 4, i % 4)];
+    if (first + i / 4 < pieces) to[i] = mine[place(i / 4, i % 4)];
 }
 
 struct Dequantise {
   Device& d;
   const Planes& w;
+  int pieces;
   uint16_t* out;
   template <DType T>
   void run() const {
     constexpr int kWarps = kBlockThreads / 32;
     if constexpr (T != DType::BF16)
       d.launch("dequantise", dequantise_kernel<T>,
-               {static_cast<int>((w.rows + kWarps - 1) / kWarps), static_cast<int>((w.pieces + 31) / 32)},
-               kBlockThreads, 0, w, out);
+               {static_cast<int>((w.rows + kWarps - 1) / kWarps), (pieces + 31) / 32}, kBlockThreads, 0, w, pieces,
+               out);
   }
 };
 
@@ -182,6 +183,8 @@ struct Matmul {
 
 void matmul(Device& d, DType type, const MatmulArgs& a) { with_type(type, Matmul{d, a}); }
 
-void dequantise(Device& d, DType type, const Planes& w, uint16_t* out) { with_type(type, Dequantise{d, w, out}); }
+void dequantise(Device& d, DType type, const Planes& w, int k, uint16_t* out) {
+  with_type(type, Dequantise{d, w, k / 32, out});
+}
 
 }  // namespace gemma::gpu

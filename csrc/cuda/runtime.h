@@ -71,8 +71,13 @@ class Device {
   std::unique_ptr<Graph> record(const std::function<void()>& body);
   void replay(const Graph& g);
 
+  // A kernel may start while the one before ends, unless `apart`.
   template <class... P, class... A>
   void launch(const char* name, void (*kernel)(P...), Dim grid, int threads, size_t shared, A... args) {
+    launch_one(name, kernel, grid, threads, shared, false, args...);
+  }
+  template <class... P, class... A>
+  void launch_one(const char* name, void (*kernel)(P...), Dim grid, int threads, size_t shared, bool apart, A... args) {
 #if defined(__CUDACC__)
     if (shared > (40u << 10))  // with a kernel's static arrays, 48 KiB is the most without asking
       check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -87,9 +92,10 @@ class Device {
     config.dynamicSmemBytes = shared;
     config.stream = stream_;
     config.attrs = &overlap;
-    config.numAttrs = overlaps_ ? 1 : 0;
+    config.numAttrs = overlaps_ && !apart ? 1 : 0;
     check(cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...), name);
 #else
+    (void)apart;
     auto run = [=] { emulator::launch(name, {grid.x, grid.y, grid.z}, threads, shared, [=] { kernel(args...); }); };
     if (recording_) return recording_->push_back(run);
     emulator::count(emulator::Asked::launch);
