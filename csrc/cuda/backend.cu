@@ -368,7 +368,8 @@ class CudaBackend final : public Backend {
     }
   }
 
-  int64_t exact_rows() const { return cublas_ ? kFewRows : kExactRows; }
+  // Quantised matrices without room for a copy stay with the own kernels.
+  int64_t exact_rows() const { return cublas_ && (quantised_.empty() || as_bf16_.bytes()) ? kFewRows : kExactRows; }
 
   // cuBLASLt, and room for a layer's largest quantised matrix as bf16. The head's would be several times as large, and has few rows as a
   // rule. The own kernel needs neither: where memory does not suffice, it goes on.
@@ -516,8 +517,7 @@ class CudaBackend final : public Backend {
   int head_dim_ = 0, heads_a_group_ = 1;
   std::once_flag shaped_;
   std::vector<KvLayer> kv_;  // a layer each
-  Memory inputs_, tiles_, qkv_, y_, gate_, up_, packed_, logits_, candidates_, results_, partial_, matvec_scratch_,
-      matvec_tickets_;
+  Memory inputs_, tiles_, qkv_, y_, gate_, up_, packed_, logits_, candidates_, results_, partial_, matvec_scratch_;
   Memory as_bf16_;                                         // a quantised matrix, for cuBLASLt
   std::vector<uint8_t> host_;                              // what goes to inputs_ or comes from results_
   std::map<std::pair<float, float>, Memory> frequencies_;  // by base and scale

@@ -208,8 +208,6 @@ GEMMA_DEVICE void wait_for_previous() {
 #endif
 }
 
-GEMMA_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-
 #else
 // ---- the emulation -----------------------------------------------------------------------------------------------------
 
@@ -361,7 +359,6 @@ inline bool any_lane(bool x) { return warp_max(x ? 1.0f : 0.0f) > 0; }
 
 inline void allow_next() {}
 inline void wait_for_previous() { emulator::wait_for_previous(); }
-inline void prefetch(const void* p) { emulator::check_allocated(p); }
 #endif
 
 // The start of a kernel that has nothing to do before its inputs are there.

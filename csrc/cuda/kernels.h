@@ -65,7 +65,7 @@ struct MatvecArgs {
   int n = 0, cols = 0;
   const float* norm = nullptr;  // x is normed by it first; null: taken as it is
   float eps = 0;
-  uint8_t* scratch = nullptr;  // matvec_scratch_bytes(cols): for more rows than one
+  uint8_t* scratch = nullptr;  // matvec_scratch_bytes(cols): for more rows than one, or a long one
 };
 size_t matvec_scratch_bytes(int64_t cols);
 void matvec(Device& d, DType type, const MatvecArgs& a);

@@ -129,9 +129,10 @@ GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 2) matmul_kernel(MatmulArgs a) {
   }
 }
 
-// out[rows, 32 `pieces`] = W as bf16, without the padding of its rows to whole fours of pieces. Bytes: W once in, two bytes a value out. Layout: a warp has 32 pieces of a row, a lane loads one; by
-// shared memory, so that lanes next to each other store 16 bytes side by side, eight values each. There the parts of a piece stand in
-// an order that differs from piece to piece, so that eight lanes meet all banks once, in and out.
+// out[rows, 32 `pieces`] = W as bf16, without the padding of its rows to whole fours of pieces. Bytes: W once in, two bytes a value out.
+// Layout: a warp has 32 pieces of a row, a lane loads one; by shared memory, so that lanes next to each other store 16 bytes side by side,
+// eight values each. There the parts of a piece stand in an order that differs from piece to piece, so that eight lanes meet all banks
+// once, in and out.
 template <DType T>
 GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4) dequantise_kernel(Planes w, int pieces, uint16_t* out) {
   allow_next();

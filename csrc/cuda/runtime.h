@@ -2,6 +2,7 @@
 // everything at once on the calling thread.
 #pragma once
 
+#include <algorithm>
 #include <functional>
 #include <memory>
 #include <new>
@@ -79,9 +80,11 @@ class Device {
   template <class... P, class... A>
   void launch_one(const char* name, void (*kernel)(P...), Dim grid, int threads, size_t shared, bool apart, A... args) {
 #if defined(__CUDACC__)
-    if (shared > (40u << 10))  // with a kernel's static arrays, 48 KiB is the most without asking
+    // With a kernel's static arrays, 48 KiB is the most without asking. What is asked for belongs to the kernel, not to the launch: always the
+    // same, so that nobody lowers it under another thread's launch, or a graph's.
+    if (shared > (40u << 10))
       check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shared)),
+                                 static_cast<int>(std::max(shared, shared_limit_ - 1024))),
             name);
     cudaLaunchAttribute overlap = {};
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;

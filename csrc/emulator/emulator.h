@@ -24,8 +24,9 @@ enum class Order { forward, reverse, random };
 struct Settings {
   Order order = Order::forward;
   uint32_t seed = 1;
-  size_t memory_limit = 0;  // bytes of device memory; 0: no limit
-  int64_t fail_launch = 0;  // the launch that fails, counted from 1; 0: none
+  size_t memory_limit = 0;          // bytes of device memory; 0: no limit
+  int64_t fail_launch = 0;          // the launch that fails, counted from 1; 0: none
+  size_t shared_limit = 227 << 10;  // bytes of shared memory that devices made from now on say a block may have
 };
 Settings& settings();
 
@@ -56,8 +57,6 @@ void launch(const char* name, Dim grid, int threads, size_t shared_bytes, const 
 void* allocate(size_t bytes);  // null when the limit is reached
 void release(void* p);
 size_t allocated();
-// An error of the kernel where p lies in no allocation: a GPU would not fail, but look for the page at length.
-void check_allocated(const void* p);
 int64_t launches();
 // What the host asks of the device. A kernel counts as a launch where it is not part of a graph.
 enum class Asked { launch, replay, upload, download };

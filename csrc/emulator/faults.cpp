@@ -26,8 +26,6 @@ void run_faulty_kernel(const std::string& fault, float* y) {
       if (t == 0) async_wait(0);
     } else if (fault == "unwritten") {
       y[t] = shared[t];
-    } else if (fault == "prefetch outside") {
-      check_allocated(y);  // the host's
     } else if (fault == "write outside") {
       if (t == 0) {
         auto* p = static_cast<uint8_t*>(allocate(100));
