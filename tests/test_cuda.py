@@ -201,6 +201,10 @@ def test_no_room_for_dequantised(speck: Callable[..., Checkpoint], monkeypatch: 
     _native.testing.emulator()
     assert same(all_logits(m, tokens), expected)
     assert asked(lambda: all_logits(m, tokens)) == launches
+    # Prompts of 16 to 63 rows stay with the decode kernels too, which a copy would take them from.
+    few = all_logits(plain, tokens[:20])
+    assert same(all_logits(m, tokens[:20]), few)
+    assert not same(all_logits(build(c, device="cuda-emulated", weights="int8"), tokens[:20]), few)
 
 
 # --- the same bits ---
