@@ -216,6 +216,15 @@ GEMMA_DEVICE void rotate_head(const float* x, const float* norm, int E, float ep
     }
   }
 }
+// Four values of x[cols] from i on, a multiple of 4; zeros past its end. Rows of a multiple of 4 values are read 16 bytes at a time.
+GEMMA_DEVICE Float4 load_four(const float* x, int i, int cols) {
+  if (cols % 4 == 0) return i < cols ? *reinterpret_cast<const Float4*>(x + i) : Float4{0, 0, 0, 0};
+  auto at = [&](int j) { return j < cols ? x[j] : 0.0f; };
+  return {at(i), at(i + 1), at(i + 2), at(i + 3)};
+}
+GEMMA_DEVICE Word4 eight_to_bf16(const float* v) {
+  return {bf16_pair(v[0], v[1]), bf16_pair(v[2], v[3]), bf16_pair(v[4], v[5]), bf16_pair(v[6], v[7])};
+}
 // 1 / root mean square of x[n], by a block.
 GEMMA_DEVICE float inverse_rms(const float* x, int n, float eps, float* scratch) {
   float s = 0;

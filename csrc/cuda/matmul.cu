@@ -13,7 +13,7 @@ template <DType T>
 GEMMA_DEVICE Word4 eight_bf16(const Piece<T>& p, int part) {
   float v[8];
   eight_scaled<T>(p, part, v);
-  return {bf16_pair(v[0], v[1]), bf16_pair(v[2], v[3]), bf16_pair(v[4], v[5]), bf16_pair(v[6], v[7])};
+  return eight_to_bf16(v);
 }
 
 // A row's half of a piece, 16 values, as bf16.

@@ -161,18 +161,11 @@ GEMMA_DEVICE void split_unit(Float4 v, int u, int n, bool bf16, bool minimum, co
   }
 }
 
-// Four values of x[cols] from 4 u on, zeros past its end.
-GEMMA_DEVICE Float4 load_unit(const float* x, int u, int cols) {
-  if (cols % 4 == 0) return 4 * u < cols ? *reinterpret_cast<const Float4*>(x + 4 * u) : Float4{0, 0, 0, 0};
-  auto at = [&](int i) { return i < cols ? x[i] : 0.0f; };
-  return {at(4 * u), at(4 * u + 1), at(4 * u + 2), at(4 * u + 3)};
-}
-
 // The units of x[cols] that a thread has of a batch, from unit `from` on.
 constexpr int kUnits = 4, kBatch = kUnits * kMatvecThreads;
 GEMMA_DEVICE void load_units(const float* x, int from, int cols, Float4* v) {
   GEMMA_UNROLL
-  for (int i = 0; i < kUnits; ++i) v[i] = load_unit(x, from + i * kMatvecThreads, cols);
+  for (int i = 0; i < kUnits; ++i) v[i] = load_four(x, 4 * (from + i * kMatvecThreads), cols);
 }
 
 // Row n of x to its columns, by a block; normed first where a.norm is there, of which `norm` has the first batch. Every launch does it alike,
@@ -472,10 +465,16 @@ int64_t weight_bytes(const MatvecArgs& a) {
   return bytes;
 }
 
+// Shared memory that a row of x takes in each block.
+template <DType T>
+size_t one_row_bytes(int64_t cols) {
+  return static_cast<size_t>(split_bytes(cols, 1) + (has_minimum(T) ? sums_bytes(cols, 1) : 0));
+}
+
 template <DType T, int G, bool kOne>
 void launch_product(Device& d, const MatvecArgs& a, const Split& x) {
   size_t shared = 2 * kMatvecWarps * 16 * 8 * G * sizeof(float);
-  if (kOne) shared += static_cast<size_t>(split_bytes(a.cols, 1) + (has_minimum(T) ? sums_bytes(a.cols, 1) : 0));
+  if (kOne) shared += one_row_bytes<T>(a.cols);
   const int of_x = kOne ? 1 : (a.n + kRowsABlock - 1) / kRowsABlock;
   const int per = rows_a_group(a), groups = (total_rows(a) + per - 1) / per;
   const int at_once = d.processors() / of_x, of_w = groups < at_once ? groups : at_once < 1 ? 1 : at_once;
@@ -489,8 +488,8 @@ struct Matvec {
   template <DType T>
   void run() const {
     constexpr bool minimum = has_minimum(T);
-    const size_t alone = static_cast<size_t>(split_bytes(a.cols, 1) + (minimum ? sums_bytes(a.cols, 1) : 0));
-    if (a.n == 1 && alone + (18 << 10) <= d.shared_limit()) return launch_product<T, 1, true>(d, a, {});
+    if (a.n == 1 && one_row_bytes<T>(a.cols) + (18 << 10) <= d.shared_limit())
+      return launch_product<T, 1, true>(d, a, {});
     MatvecArgs s = a;
     for (int first = 0; first < a.n; first += kSliceRows) {
       s.n = a.n - first < kSliceRows ? a.n - first : kSliceRows;

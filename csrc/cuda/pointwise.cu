@@ -71,26 +71,15 @@ GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4)
   for (int i = thread_x(); i < cols; i += kBlockThreads) x[i] += y[i] * s * weight[i];
 }
 
-// Values i to i + 7 of a row; zeros behind its end. Rows of a multiple of 4 values are read 16 bytes at a time.
 GEMMA_DEVICE void load_eight(const float* row, int i, int cols, float* v) {
-  if (cols % 4 == 0) {
-    GEMMA_UNROLL
-    for (int h = 0; h < 8; h += 4) {
-      Float4 f{};
-      if (i + h < cols) f = *reinterpret_cast<const Float4*>(row + i + h);
-      v[h] = f.x;
-      v[h + 1] = f.y;
-      v[h + 2] = f.z;
-      v[h + 3] = f.w;
-    }
-  } else {
-    GEMMA_UNROLL
-    for (int h = 0; h < 8; ++h) v[h] = i + h < cols ? row[i + h] : 0;
+  GEMMA_UNROLL
+  for (int h = 0; h < 8; h += 4) {
+    const Float4 f = load_four(row, i + h, cols);
+    v[h] = f.x;
+    v[h + 1] = f.y;
+    v[h + 2] = f.z;
+    v[h + 3] = f.w;
   }
-}
-GEMMA_DEVICE void store_eight(uint16_t* to, const float* v) {
-  *reinterpret_cast<Word4*>(to) = {bf16_pair(v[0], v[1]), bf16_pair(v[2], v[3]), bf16_pair(v[4], v[5]),
-                                   bf16_pair(v[6], v[7])};
 }
 
 // out[n, k] = bf16(norm(x)). Bytes: x once (with a norm a second time, from L1), out once. Layout: a block a row, a thread eight values
@@ -121,7 +110,7 @@ GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4)
       GEMMA_UNROLL
       for (int h = 0; h < 8; ++h) v[h] = v[h] * s * w[h];
     }
-    store_eight(out + row * k + i, v);
+    *reinterpret_cast<Word4*>(out + row * k + i) = eight_to_bf16(v);
   }
 }
 
@@ -147,7 +136,7 @@ GEMMA_KERNEL GEMMA_BOUNDS(kBlockThreads, 4) geglu16_kernel(uint16_t* gate, const
     const uint16_t b = static_cast<uint16_t>(us[h / 2] >> 16 * (h % 2));
     v[h] = i + h < cols ? gelu(float_of_bf16(a)) * float_of_bf16(b) : 0;
   }
-  store_eight(gate + at, v);
+  *reinterpret_cast<Word4*>(gate + at) = eight_to_bf16(v);
 }
 
 // x = cap tanh(x / cap). Bytes: x in and out. Layout: a thread a value.
