@@ -127,6 +127,22 @@ class Repeated:
             left, at = left - piece.nbytes, 0
 
 
+class Distinct:
+    """`nbytes` bytes of random blocks none of which is there twice. An embedding is made so: where its rows repeat, so does the best of
+    the vocabulary, and many panels of the head have to be computed."""
+
+    def __init__(self, kind: str, nbytes: int, rng: np.random.Generator) -> None:
+        self.nbytes = nbytes
+        self._kind, self._rng = kind, rng
+
+    def tofile(self, file: BinaryIO) -> None:
+        left = self.nbytes
+        while left:
+            piece = random_blocks(self._kind, self._rng).reshape(-1).data[:left]
+            file.write(piece)
+            left -= piece.nbytes
+
+
 def make_gguf(path: Path, shape: Shape, mix: str, seed: int = 0) -> None:
     """Writes a GGUF file of architecture `gemma`, by another name first."""
     import gguf
@@ -179,6 +195,8 @@ def make_gguf(path: Path, shape: Shape, mix: str, seed: int = 0) -> None:
         nbytes = int(np.prod(dims)) // values * size
         if kind == "F32":
             plan.append(np.ones(dims, np.float32))  # the 1 of 1 + w is part of a GGUF file's norms
+        elif name == "token_embd.weight":
+            plan.append(Distinct(kind, nbytes, rng))
         else:
             if kind not in pools:
                 pools[kind] = random_blocks(kind, rng)
@@ -244,7 +262,8 @@ def make_hf(path: Path, shape: Shape, seed: int = 0) -> None:
         nbytes = 2 * int(np.prod(dims))
         header[name] = {"dtype": "BF16", "shape": list(dims), "data_offsets": [at, at + nbytes]}
         at += nbytes
-        plan.append(Repeated(pool, nbytes, int(rng.integers(1 << 30))))
+        table = name == "model.embed_tokens.weight"
+        plan.append(Distinct("BF16", nbytes, rng) if table else Repeated(pool, nbytes, int(rng.integers(1 << 30))))
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     temporary = path / "model.safetensors.tmp"

@@ -367,27 +367,30 @@ py::array_t<float> test_product(const std::string& type, const py::buffer& data,
                      });
 }
 
-// The same for a Q8_0 head and the rows of one chunk.
+// The same for a head of a type that can be scanned, and the rows of one chunk.
 template <class Use>
-auto with_head(const py::buffer& data, int64_t rows, int64_t cols, const FloatArray& x, bool fine, Use use) {
+auto with_head(const std::string& type, const py::buffer& data, int64_t rows, int64_t cols, const FloatArray& x,
+               bool fine, Use use) {
   GEMMA_CHECK(x.ndim() == 2 && x.shape(0) >= 1 && x.shape(0) <= kActChunk, "x must have from 1 to ", kActChunk,
               " rows");
-  return with_matrix("Q8_0", data, rows, cols, x, 2, fine, use);
+  GEMMA_CHECK(encoding(dtype_of("head", type)).low_bytes > 0, "a head of type ", type, " is not scanned");
+  return with_matrix(type, data, rows, cols, x, 2, fine, use);
 }
 
 // The panels that HeadScan leaves for the k best products.
-std::vector<int64_t> test_reachable(const py::buffer& data, int64_t rows, int64_t cols, const FloatArray& x, int64_t k,
-                                    float softcap, bool fine, const std::vector<int32_t>& also) {
-  return with_head(data, rows, cols, x, fine, [&](ThreadPool& pool, const Activations& acts, const CpuMatrix& w) {
+std::vector<int64_t> test_reachable(const std::string& type, const py::buffer& data, int64_t rows, int64_t cols,
+                                    const FloatArray& x, int64_t k, float softcap, bool fine,
+                                    const std::vector<int32_t>& also) {
+  return with_head(type, data, rows, cols, x, fine, [&](ThreadPool& pool, const Activations& acts, const CpuMatrix& w) {
     return HeadScan().reachable(kernels(), pool, acts, w, k, also, softcap);
   });
 }
 
 // Lower and upper bounds, [m][panels]; apart: bits of each panel's rows that do not count.
-std::pair<std::vector<float>, std::vector<float>> test_bounds(const py::buffer& data, int64_t rows, int64_t cols,
-                                                              const FloatArray& x, bool fine,
-                                                              const std::vector<uint32_t>& apart) {
-  return with_head(data, rows, cols, x, fine, [&](ThreadPool& pool, const Activations& acts, const CpuMatrix& w) {
+std::pair<std::vector<float>, std::vector<float>> test_bounds(const std::string& type, const py::buffer& data,
+                                                              int64_t rows, int64_t cols, const FloatArray& x,
+                                                              bool fine, const std::vector<uint32_t>& apart) {
+  return with_head(type, data, rows, cols, x, fine, [&](ThreadPool& pool, const Activations& acts, const CpuMatrix& w) {
     GEMMA_CHECK(static_cast<int64_t>(apart.size()) == (w.rows + kPanel - 1) / kPanel,
                 "apart must have an entry a panel");
     HeadBounds bounds = head_bounds(kernels(), pool, acts, w, apart);
@@ -473,10 +476,10 @@ void add_testing(py::module_& m) {
   py::module_ t = m.def_submodule("testing", "Single kernels of the level in use, for the test suite.");
   t.def("product", test_product, py::arg("dtype"), py::arg("data"), py::arg("rows"), py::arg("cols"), py::arg("x"),
         py::arg("threads") = 1, py::arg("fine") = false);
-  t.def("reachable", test_reachable, py::arg("data"), py::arg("rows"), py::arg("cols"), py::arg("x"), py::arg("k"),
-        py::arg("softcap") = 0.0f, py::arg("fine") = false, py::arg("also") = std::vector<int32_t>());
-  t.def("head_bounds", test_bounds, py::arg("data"), py::arg("rows"), py::arg("cols"), py::arg("x"), py::arg("fine"),
-        py::arg("apart"));
+  t.def("reachable", test_reachable, py::arg("dtype"), py::arg("data"), py::arg("rows"), py::arg("cols"), py::arg("x"),
+        py::arg("k"), py::arg("softcap") = 0.0f, py::arg("fine") = false, py::arg("also") = std::vector<int32_t>());
+  t.def("head_bounds", test_bounds, py::arg("dtype"), py::arg("data"), py::arg("rows"), py::arg("cols"), py::arg("x"),
+        py::arg("fine"), py::arg("apart"));
   t.def("tile",
         [](const std::string& n, const py::bytes& d, int64_t r, int64_t c) { return test_tile(n, d, r, c, false); });
   t.def("untile",

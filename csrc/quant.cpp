@@ -49,10 +49,10 @@ static_assert(sizeof(BlockQ5_0) == 22 && sizeof(BlockQ5_1) == 24, "as in files")
 static_assert(sizeof(BlockQ4_K) == 144 && sizeof(BlockQ5_K) == 176 && sizeof(BlockQ6_K) == 210, "as in files");
 
 constexpr Encoding kEncodings[] = {
-    {"F32", 1, 4, 0, 0, false},        {"F16", 1, 2, 0, 0, false},        {"BF16", 1, 2, 0, 0, false},
-    {"Q8_0", 32, 34, 1088, 512, true}, {"Q4_0", 32, 18, 576, 0, true},    {"Q4_1", 32, 20, 640, 0, true},
-    {"Q5_0", 32, 22, 704, 0, true},    {"Q5_1", 32, 24, 768, 0, true},    {"Q4_K", 256, 144, 4608, 0, true},
-    {"Q5_K", 256, 176, 5632, 0, true}, {"Q6_K", 256, 210, 6720, 0, true},
+    {"F32", 1, 4, 0, 0, false},        {"F16", 1, 2, 0, 0, false},           {"BF16", 1, 2, 0, 0, false},
+    {"Q8_0", 32, 34, 1088, 512, true}, {"Q4_0", 32, 18, 576, 0, true},       {"Q4_1", 32, 20, 640, 0, true},
+    {"Q5_0", 32, 22, 704, 0, true},    {"Q5_1", 32, 24, 768, 0, true},       {"Q4_K", 256, 144, 4608, 0, true},
+    {"Q5_K", 256, 176, 5632, 0, true}, {"Q6_K", 256, 210, 6720, 2048, true},
 };
 
 // Where a block of 32 along K has its parts, in a file's block and in a panel's unit. -1: it has none.
@@ -81,7 +81,7 @@ Layout layout(DType t) {
     case DType::Q5_K:
       return {5, 0, 0, 2, 512, 640, true};
     case DType::Q6_K:
-      return {6, 32, offsetof(BlockQ6_K, d), -1, 128, 832, false};
+      return {6, 32, offsetof(BlockQ6_K, d), -1, 128, 576, false};
     default:
       fail("not a quantised type");
   }
@@ -189,8 +189,17 @@ void write_values(DType t, uint8_t* p, int j, const uint32_t* w) {
   }
 }
 
-// One row's values of a block in a panel's planes (r < 32), see quant.h.
+// The lowest `bits` (2, 4 or 5) of a block's values as planes, see quant.h.
 void write_planes(int bits, uint8_t* planes, const uint32_t (*w)[8]) {
+  if (bits == 2) {
+    for (int g = 0; g < 2; ++g)
+      for (int r = 0; r < kPanel; ++r) {
+        uint32_t x = 0;
+        for (int i = 0; i < 4; ++i) x |= (w[r][4 * g + i] & kPairs) << 2 * i;
+        store32(planes + g * 128 + r * 4, x);
+      }
+    return;
+  }
   if (bits == 5) {
     for (int r = 0; r < kPanel; ++r) {
       uint32_t x = 0;
@@ -199,27 +208,20 @@ void write_planes(int bits, uint8_t* planes, const uint32_t (*w)[8]) {
     }
     planes += 128;
   }
-  if (bits == 6) {
-    for (int g = 0; g < 2; ++g)
-      for (int r = 0; r < kPanel; ++r) {
-        uint32_t x = 0;
-        for (int i = 0; i < 4; ++i) x |= (w[r][4 * g + i] >> 4 & kPairs) << 2 * i;
-        store32(planes + g * 128 + r * 4, x);
-      }
-    planes += 256;
-  }
   for (int i = 0; i < 8; ++i)
     for (int r = 0; r < 16; ++r) store32(planes + i * 64 + r * 4, (w[r][i] & kLow) | (w[r + 16][i] & kLow) << 4);
 }
 
 void read_planes(int bits, const uint8_t* planes, int r, uint32_t* w) {
+  if (bits == 2) {
+    for (int i = 0; i < 8; ++i) w[i] = load32(planes + i / 4 * 128 + r * 4) >> 2 * (i % 4) & kPairs;
+    return;
+  }
   const uint8_t* high = planes;
-  planes += bits == 5 ? 128 : bits == 6 ? 256 : 0;
+  planes += bits == 5 ? 128 : 0;
   for (int i = 0; i < 8; ++i) w[i] = load32(planes + i * 64 + r % 16 * 4) >> 4 * (r / 16) & kLow;
   if (bits == 5)
     for (int i = 0; i < 8; ++i) w[i] |= (load32(high + r * 4) >> i & kOnes) << 4;
-  if (bits == 6)
-    for (int i = 0; i < 8; ++i) w[i] |= (load32(high + i / 4 * 128 + r * 4) >> 2 * (i % 4) & kPairs) << 4;
 }
 
 // A panel's units: where each begins in the matrix, and its planes, whatever lies between.
@@ -228,26 +230,25 @@ struct Units {
       : e(encoding(t)), l(layout(t)), first(panel_at(t, rows, k, panel)), count((k + e.block - 1) / e.block) {}
   size_t at(int64_t u) const { return first.units + static_cast<size_t>(u * (e.unit_bytes - e.low_bytes)); }
   size_t planes(int64_t u, int j) const { return at(u) + static_cast<size_t>(l.unit_planes + j * l.planes_stride); }
-  size_t low_halves(int64_t u) const { return first.low + static_cast<size_t>(u * e.low_bytes); }
+  size_t low(int64_t u, int j) const {
+    return first.low + static_cast<size_t>(u * e.low_bytes + j * (l.bits - 4) * 128);
+  }
 
   void write(uint8_t* matrix, int64_t u, int j, const uint32_t (*w)[8]) const {
-    if (l.bits != 8) return write_planes(l.bits, matrix + planes(u, j), w);
-    uint32_t high[kPanel][8], low[kPanel][8];
+    if (!e.low_bytes) return write_planes(l.bits, matrix + planes(u, j), w);
+    uint32_t high[kPanel][8];
     for (int r = 0; r < kPanel; ++r)
-      for (int i = 0; i < 8; ++i) {
-        high[r][i] = w[r][i] >> 4 & kLow;
-        low[r][i] = w[r][i] & kLow;
-      }
+      for (int i = 0; i < 8; ++i) high[r][i] = w[r][i] >> (l.bits - 4) & kLow;
     write_planes(4, matrix + planes(u, j), high);
-    write_planes(4, matrix + low_halves(u), low);
+    write_planes(l.bits - 4, matrix + low(u, j), w);
   }
 
   void read(const uint8_t* matrix, int64_t u, int j, int r, uint32_t* w) const {
-    if (l.bits != 8) return read_planes(l.bits, matrix + planes(u, j), r, w);
-    uint32_t low[8];
+    if (!e.low_bytes) return read_planes(l.bits, matrix + planes(u, j), r, w);
+    uint32_t below[8];
     read_planes(4, matrix + planes(u, j), r, w);
-    read_planes(4, matrix + low_halves(u), r, low);
-    for (int i = 0; i < 8; ++i) w[i] = w[i] << 4 | low[i];
+    read_planes(l.bits - 4, matrix + low(u, j), r, below);
+    for (int i = 0; i < 8; ++i) w[i] = w[i] << (l.bits - 4) | below[i];
   }
 
   const Encoding& e;

@@ -2,21 +2,22 @@
 //
 // A tiled matrix is a sequence of panels of 32 weight rows (the last one padded with rows of zeros). A panel walks K
 // in units of 32 (Q8_0 Q4_0 Q4_1 Q5_0 Q5_1) or 256 (Q4_K Q5_K Q6_K), so that a SIMD lane owns a weight row and one
-// sequential read (two for Q8_0) feeds 32 rows. Values are re-laid, never re-quantised: untiling gives the file's bytes back.
+// sequential read (two for Q8_0 and Q6_K) feeds 32 rows. Values are re-laid, never re-quantised: untiling gives the file's bytes back.
 //
 // Planes of one block of 32 along K, r = row within 16, h = row / 16, k = 4 * k4 + kk:
 //   4-bit   [8 k4][16 r][4 kk]              low nibble: row r, high nibble: row r + 16              512 bytes
 //   1-bit   [2 h][16 r][4 kk]               bit k4 = bit 4 of that value                            128 bytes
-//   2-bit   [2 g][2 h][16 r][4 kk]          bits 2i, 2i+1 = bits 4, 5 of k4 = 4 g + i               256 bytes
+//   2-bit   [2 g][2 h][16 r][4 kk]          bits 2i, 2i+1 = the value of k4 = 4 g + i               256 bytes
 // Units (fp16 arrays have one entry a row of the panel):
-//   Q8_0    d[32], 4-bit of (q + 128) >> 4; the low halves, 4-bit of (q + 128) & 15, follow the last panel's units, in the same
+//   Q8_0    d[32], 4-bit of (q + 128) >> 4; the low bits, 4-bit of (q + 128) & 15, follow the last panel's units, in the same
 //           order: choosing the best of a vocabulary reads little more than the high ones, and those in one go
 //                                           Q4_0    d[32], 4-bit             Q4_1    d[32], m[32], 4-bit
 //   Q5_0    d[32], 1-bit, 4-bit             Q5_1    d[32], m[32], 1-bit, 4-bit
 //   Q4_K    d[32], dmin[32], uint32 hi[32], uint8 lo[8][32], then 8 x { 4-bit }
 //   Q5_K    the same header, then 8 x { 1-bit, 4-bit }
 //             sc_j = (lo[j] & 15) | (hi >> 4j & 3) << 4      min_j = lo[j] >> 4 | (hi >> (4j + 2) & 3) << 4
-//   Q6_K    d[32], then 8 x { int8 sc[2 halves of 16 along K][32], 2-bit, 4-bit }
+//   Q6_K    d[32], then 8 x { int8 sc[2 halves of 16 along K][32], 4-bit of (q + 32) >> 2 }; the low bits, 8 x { 2-bit of (q + 32) & 3 },
+//           follow the last panel's units as with Q8_0
 // Every plane starts at a multiple of 64 bytes from the matrix's start, and no unit is larger than the file's blocks.
 #pragma once
 
@@ -35,7 +36,7 @@ struct Encoding {
   int block;        // values a file block
   int block_bytes;  // bytes a file block
   int unit_bytes;   // bytes a unit of a panel: 32 rows x block values
-  int low_bytes;    // of these, how many are low halves, which stand behind all units
+  int low_bytes;    // of these, how many are low bits, which stand behind all units
   bool quantized;
 };
 
@@ -44,7 +45,7 @@ const Encoding& encoding(DType type);
 size_t row_bytes(DType type, int64_t k);
 // Bytes of a tiled matrix; rows are padded to 32 and k to the block.
 size_t tiled_bytes(DType type, int64_t rows, int64_t k);
-// Where a panel's units and its low halves begin, in bytes from the matrix's start.
+// Where a panel's units and its low bits begin, in bytes from the matrix's start.
 struct PanelAt {
   size_t units, low;
 };

@@ -193,7 +193,7 @@ def test_layout_of_tiles() -> None:
         data = random_blocks(name, 65, 512, np.random.default_rng(3))
         tiles[name] = zlib.crc32(T.tile(name, data, 65, 512))
     assert (weights._PACKED_VERSION, tiles) == (
-        "3",
+        "4",
         {
             "Q8_0": 0xC381D33D,
             "Q4_0": 0x86A436A5,
@@ -202,57 +202,80 @@ def test_layout_of_tiles() -> None:
             "Q5_1": 0xABCE702A,
             "Q4_K": 0xC89CCB44,
             "Q5_K": 0x9FB3547D,
-            "Q6_K": 0x3DCDFF3E,
+            "Q6_K": 0xA44255C6,
         },
     )
 
 
+HEADS = ("Q8_0", "Q6_K")  # encodings whose low bits lie apart
+
+
 @pytest.mark.parametrize("fine", [False, True])
-@pytest.mark.parametrize(("rows", "k"), [(4096 + 7, 640), (2100, 96)])
-def test_head_scan(rows: int, k: int, fine: bool) -> None:
+@pytest.mark.parametrize(("name", "rows", "k"), [("Q8_0", 4096 + 7, 640), ("Q8_0", 2100, 96), ("Q6_K", 4096 + 7, 768)])
+def test_head_scan(name: str, rows: int, k: int, fine: bool) -> None:
     """What the scan rules out is not among the best, and where one token stands out it rules out nearly everything."""
     rng = np.random.default_rng(rows)
-    w = rng.standard_normal((rows, k)).astype(np.float32) * np.exp(rng.standard_normal((rows, 1)) / 4).astype(
-        np.float32
-    )
-    data = T.quantize("Q8_0", w)
+    if name == "Q8_0":
+        size = np.exp(rng.standard_normal((rows, 1)) / 4)
+        data = T.quantize(name, (rng.standard_normal((rows, k)) * size).astype(np.float32))
+    else:
+        data = random_blocks(name, rows, k, rng)
+    w = dequantize(name, data, rows, k)
+    w /= w.std()
     for trial in range(20):
-        m = trial % 8 + 1
+        m = trial // 2 % (8 if name == "Q8_0" else 2) + 1
         x = rng.standard_normal((m, k)).astype(np.float32)
         x[:, rng.integers(k)] *= 30  # one large activation, as models have
         if trial % 2:
             x += 3 * w[rng.integers(rows, size=m)]
-        y = T.product("Q8_0", data, rows, k, x, fine=fine)
+        y = T.product(name, data, rows, k, x, fine=fine)
         for best in (1, 5):
-            panels = T.reachable(data, rows, k, x, best, fine=fine)
+            panels = T.reachable(name, data, rows, k, x, best, fine=fine)
             assert panels == sorted(set(panels)) and 0 <= panels[0] and panels[-1] <= rows // 32
             wanted = np.argsort(-y, axis=1, kind="stable")[:, :best]
             assert set((wanted // 32).ravel()) <= set(panels)
         if trial % 2 and k > 96:
-            assert len(T.reachable(data, rows, k, x, 1, fine=fine)) <= 4 * m
+            assert len(T.reachable(name, data, rows, k, x, 1, fine=fine)) <= 4 * m
+
+
+def scales_and_values(name: str, raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of file blocks [rows, n, bytes] of Q8_0 or Q6_K: a scale every 16 values [rows, k / 16], and the values [rows, k] from 0 on."""
+    rows = len(raw)
+    d = raw[..., BYTES_OF_D[name]].copy().view(np.float16).astype(np.float64)
+    if name == "Q8_0":
+        return d.repeat(2, -1).reshape(rows, -1), raw[..., 2:].view(np.int8).astype(np.int64).reshape(rows, -1) + 128
+    bare = raw.copy()
+    bare[..., 192:208] = 1
+    bare[..., 208:] = np.array([1], np.float16).view(np.uint8)
+    values = dequantize(name, bare.tobytes(), rows, raw.shape[1] * 256).astype(np.int64) + 32
+    return (d * raw[..., 192:208].view(np.int8)).reshape(rows, -1), values
+
+
+BYTES_OF_D = {"Q8_0": slice(0, 2), "Q6_K": slice(208, 210)}
 
 
 @pytest.mark.parametrize("fine", [False, True])
-@pytest.mark.parametrize(("rows", "k", "m"), [(75, 640, 1), (96, 2048, 3), (33, 32, 8)])
-def test_bounds_of_the_scan(rows: int, k: int, m: int, fine: bool) -> None:
-    """The middle of what the high halves leave open, give or take 8 standard deviations; of the rows that count."""
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize(("rows", "k", "m"), [(75, 768, 1), (96, 2048, 3), (33, 256, 8)])
+def test_bounds_of_the_scan(name: str, rows: int, k: int, m: int, fine: bool) -> None:
+    """The middle of what the high bits leave open, give or take 8 standard deviations; of the rows that count."""
     rng = np.random.default_rng(rows)
     panels = -(-rows // 32)
-    blocks = np.frombuffer(random_blocks("Q8_0", rows, k, rng), np.uint8).reshape(rows, k // 32, 34).copy()
-    blocks[31, 0, :2] = np.array(np.nan, np.float16).reshape(1).view(np.uint8)  # a row without a product
-    d = blocks[..., :2].copy().view(np.float16).astype(np.float64)
-    byte = blocks[..., 2:].view(np.int8).astype(np.int64) + 128
+    blocks = np.frombuffer(random_blocks(name, rows, k, rng), np.uint8).reshape(rows, -1, SIZES[name][1]).copy()
+    blocks[31, 0, BYTES_OF_D[name]] = np.array([np.nan], np.float16).view(np.uint8)  # a row without a product
+    scales, values = scales_and_values(name, blocks)
+    steps, offset = (16, 128) if name == "Q8_0" else (4, 32)  # as many values share their high bits
     x = (rng.standard_normal((m, k)) + 1.5).astype(np.float32)  # a sum far from zero shows where the middle is
     q = quantized_activations(x, 16 if fine else 32)
-    middle = q @ (d * (byte // 16 * 16 + 7.5 - 128)).reshape(rows, k).T
-    margin = 8 * np.sqrt(21.25 * (q**2).reshape(m, -1, 32).sum(-1) @ (d[..., 0] ** 2).T)
+    middle = q @ (scales.repeat(16, -1) * (values // steps * steps + (steps - 1) / 2 - offset)).T
+    margin = 8 * np.sqrt((steps**2 - 1) / 12 * (q**2).reshape(m, -1, 16).sum(-1) @ (scales**2).T)
     apart = rng.random(panels * 32) < 0.3
     apart[rows:] = False
     bits = (apart.reshape(panels, 32) @ (1 << np.arange(32, dtype=np.uint64))).astype(int).tolist()
     counts = ~apart
     counts[31] = False
     counts[rows:] = False
-    low, high = np.array(T.head_bounds(blocks.tobytes(), rows, k, x, fine, bits)).reshape(2, m, panels)
+    low, high = np.array(T.head_bounds(name, blocks.tobytes(), rows, k, x, fine, bits)).reshape(2, m, panels)
     for bound, value in ((low, middle - margin), (high, middle + margin)):
         value = np.pad(value, ((0, 0), (0, panels * 32 - rows)))
         wanted = np.where(counts, value, -np.inf).reshape(m, panels, 32).max(-1)
@@ -267,22 +290,27 @@ def test_head_scan_knows_its_limits() -> None:
     w = rng.standard_normal((rows, k)).astype(np.float32)
     data, x = T.quantize("Q8_0", w), 50 * w[:1]
     everything = list(range(rows // 32))
-    assert len(T.reachable(data, rows, k, x, 1)) < 5
+    assert len(T.reachable("Q8_0", data, rows, k, x, 1)) < 5
     # Listed rows are wanted whatever their product, and say nothing of the others: without the best the next best count.
     far = [5, 70, rows - 1]
-    assert {r // 32 for r in far} <= set(T.reachable(data, rows, k, x, 1, also=far))
+    assert {r // 32 for r in far} <= set(T.reachable("Q8_0", data, rows, k, x, 1, also=far))
     exact = T.product("Q8_0", data, rows, k, x[:1])[0]
     top = int(exact.argmax())
     second = int(np.delete(exact, top).argmax())
     second += second >= top
-    assert second // 32 in T.reachable(data, rows, k, x[:1], 1, also=[top])
-    assert T.reachable(data, rows, k, x, 41) == everything  # too many to be worth a scan
-    assert T.reachable(data, rows, k, np.repeat(x, 9, 0), 1) == everything
-    assert T.reachable(data, rows, k, x, 1, softcap=30.0) == everything  # saturated: different products may tie
-    assert len(T.reachable(data, rows, k, x / 100, 1, softcap=30.0)) < 5
-    assert T.reachable(data, rows, k, 0 * x, 1) == everything
+    assert second // 32 in T.reachable("Q8_0", data, rows, k, x[:1], 1, also=[top])
+    assert T.reachable("Q8_0", data, rows, k, x, 41) == everything  # too many to be worth a scan
+    assert T.reachable("Q8_0", data, rows, k, np.repeat(x, 9, 0), 1) == everything
+    assert T.reachable("Q8_0", data, rows, k, x, 1, softcap=30.0) == everything  # saturated: different products may tie
+    assert len(T.reachable("Q8_0", data, rows, k, x / 100, 1, softcap=30.0)) < 5
+    assert T.reachable("Q8_0", data, rows, k, 0 * x, 1) == everything
     x[0, 3] = np.nan
-    assert T.reachable(data, rows, k, x, 1) == everything
+    assert T.reachable("Q8_0", data, rows, k, x, 1) == everything
+    data, x = random_blocks("Q6_K", rows, 256, rng), np.eye(3, 256, dtype=np.float32)
+    assert len(T.reachable("Q6_K", data, rows, 256, x[:2], 1)) < len(everything)
+    assert T.reachable("Q6_K", data, rows, 256, x, 1) == everything
+    with pytest.raises(ValueError, match="Q4_0 is not scanned"):
+        T.reachable("Q4_0", T.quantize("Q4_0", w), rows, k, x, 1)
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_0"])

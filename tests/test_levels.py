@@ -40,9 +40,11 @@ for name in BLOCK:
         for m in (1, 5, 70):
             for fine in (False, True):
                 digest.update(T.product(name, data, rows, k, x[:m], threads=2, fine=fine).tobytes())
-data = T.quantize("Q8_0", rng.standard_normal((640, 320)).astype(np.float32))
-for m in (1, 3):
-    digest.update(repr(T.reachable(data, 640, 320, rng.standard_normal((m, 320)).astype(np.float32), 2)).encode())
+for name in ("Q8_0", "Q6_K"):
+    data = random_blocks(name, 640, 256, rng)
+    for m in (1, 3):
+        x = rng.standard_normal((m, 256)).astype(np.float32)
+        digest.update(repr(T.reachable(name, data, 640, 256, x, 2)).encode())
 bf16 = hashlib.sha256()
 for rows, k in ((33, 250), (70, 2100)):
     data = (rng.standard_normal((rows, k)).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16).tobytes()

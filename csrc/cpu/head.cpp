@@ -12,21 +12,39 @@ namespace gemma {
 namespace {
 
 constexpr float kSigmas = 8;
-// Of the low halves: 16 equally likely values, with a weight's 128 taken off.
-constexpr float kMiddle = 7.5f - 128, kVariance = (16 * 16 - 1) / 12.0f;
 constexpr int64_t kMostBest = 40;  // beyond, survivors stand in most panels
-constexpr int64_t kMostRows = 8;
+
+// What the high bits leave open: `steps` equally likely values, `middle` being theirs with a weight's offset taken off.
+struct LowBits {
+  float steps, middle;
+  bool halves;  // of a block have scales of their own
+  // Up to so many rows of activations, and so large a share of the panels left, reading less is worth computing more.
+  int64_t most_rows;
+  float most_left;
+  float variance() const { return (steps * steps - 1) / 12; }
+};
+LowBits low_bits(DType type) {
+  return type == DType::Q6_K ? LowBits{4, 1.5f - 32, true, 2, 0.25f} : LowBits{16, 7.5f - 128, false, 8, 0.33f};
+}
 constexpr float kUnsaturated = 4;  // softcaps up to which different products stay different logits
 
-std::vector<ScanScale> scan_scales(const QuantActs& a, int64_t blocks) {
+std::vector<ScanScale> scan_scales(const LowBits& low, const QuantActs& a, int64_t blocks) {
   std::vector<ScanScale> scales(blocks * a.rows);
   for (int64_t i = 0; i < blocks * a.rows; ++i) {
     int32_t square[2] = {0, 0};
     for (int j = 0; j < kBlock; ++j) square[j / 16] += a.q[i * kBlock + j] * a.q[i * kBlock + j];
     const ActScale& s = a.scale[i];
-    const float energy =
-        s.d[0] * s.d[0] * static_cast<float>(square[0]) + s.d[1] * s.d[1] * static_cast<float>(square[1]);
-    scales[i] = {{16 * s.d[0], 16 * s.d[1]}, kMiddle * s.dsum, kSigmas * kSigmas * kVariance * energy};
+    const int32_t sum[2] = {s.sum0, s.sum - s.sum0};
+    float offset[2], energy[2];
+    for (int h = 0; h < 2; ++h) {
+      offset[h] = low.middle * s.d[h] * static_cast<float>(sum[h]);
+      energy[h] = kSigmas * kSigmas * low.variance() * s.d[h] * s.d[h] * static_cast<float>(square[h]);
+    }
+    if (!low.halves) {
+      offset[0] += offset[1];
+      energy[0] += energy[1];
+    }
+    scales[i] = {{low.steps * s.d[0], low.steps * s.d[1]}, {offset[0], offset[1]}, {energy[0], energy[1]}};
   }
   return scales;
 }
@@ -37,15 +55,15 @@ HeadBounds head_bounds(const Kernels& kernels, ThreadPool& pool, const Activatio
                        const std::vector<uint32_t>& apart) {
   const int64_t total = static_cast<int64_t>(apart.size());
   const QuantActs acts = x.chunk(0);
-  const std::vector<ScanScale> scales = scan_scales(acts, x.blocks());
+  const std::vector<ScanScale> scales = scan_scales(low_bits(head.type), acts, x.blocks());
   HeadBounds bounds{std::vector<float>(x.n * total), std::vector<float>(x.n * total)};
   const int64_t grain = std::max<int64_t>(1, (128 << 10) * total / static_cast<int64_t>(head.bytes));
   pool.parallel_for(total, grain, [&](int64_t begin, int64_t end, int) {
     for (int64_t p = begin; p < end; ++p) {
       const int64_t rows = head.rows - p * kPanel;
       const uint32_t padding = rows < kPanel ? ~0u << rows : 0;
-      kernels.scan(head.tiled_panel(p).units, x.blocks(), acts, scales.data(), apart[p] | padding, &bounds.low[p],
-                   &bounds.high[p], total);
+      kernels.scan(head.type, head.tiled_panel(p).units, x.blocks(), acts, scales.data(), apart[p] | padding,
+                   &bounds.low[p], &bounds.high[p], total);
     }
   });
   return bounds;
@@ -58,7 +76,9 @@ std::vector<int64_t> HeadScan::reachable(const Kernels& kernels, ThreadPool& poo
   std::vector<int64_t> all(total);
   std::iota(all.begin(), all.end(), 0);
   const int64_t listed = static_cast<int64_t>(also.size());
-  if (head.type != DType::Q8_0 || k > kMostBest || x.n > kMostRows || total < 8 * (k + listed)) return all;
+  const LowBits low = low_bits(head.type);
+  if (encoding(head.type).low_bytes == 0 || k > kMostBest || x.n > low.most_rows || total < 8 * (k + listed))
+    return all;
   if (pause_ > 0) {
     --pause_;
     return all;
@@ -82,7 +102,7 @@ std::vector<int64_t> HeadScan::reachable(const Kernels& kernels, ThreadPool& poo
     for (int64_t i = 0; i < x.n; ++i) in |= bounds.high[i * total + p] >= bar[i];
     if (in) reachable.push_back(p);
   }
-  const bool paid = 3 * static_cast<int64_t>(reachable.size()) < total;
+  const bool paid = static_cast<float>(reachable.size()) < low.most_left * static_cast<float>(total);
   if (!paid) pause_ = next_pause_;
   next_pause_ = paid ? 1 : std::min(64, 2 * next_pause_);
   return reachable;

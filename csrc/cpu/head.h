@@ -10,7 +10,7 @@
 
 namespace gemma {
 
-// The largest lower and upper bound of the products of a Q8_0 head's panels, from the high halves of its values: [row of x][panel].
+// The largest lower and upper bound of the products of a head's panels (Q8_0 or Q6_K), from the high bits of its values: [row of x][panel].
 struct HeadBounds {
   std::vector<float> low, high;
 };
@@ -19,13 +19,13 @@ static_assert(kPanel == 32, "a bit a row");
 HeadBounds head_bounds(const Kernels& kernels, ThreadPool& pool, const Activations& x, const CpuMatrix& head,
                        const std::vector<uint32_t>& apart);
 
-// Rules out what it can of a vocabulary. A Q8_0 panel's high halves give every product to within a residual whose standard
+// Rules out what it can of a vocabulary. The high bits of a panel of Q8_0 or Q6_K give every product to within a residual whose standard
 // deviation sigma follows from the scales and the activations; a row more than 8 sigma below the k-th best cannot be among the k
 // best. That bound is observed, not proved: docs/MODEL.md has the figures.
 class HeadScan {
  public:
   // Panels of `head` in which one of `also` (sorted), or one of the k largest products of other rows with some row of x may lie, in
-  // order; all of them where the high halves would not tell, or have not told for some calls.
+  // order; all of them where the high bits would not tell, or have not told for some calls.
   std::vector<int64_t> reachable(const Kernels& kernels, ThreadPool& pool, const Activations& x, const CpuMatrix& head,
                                  int64_t k, const std::vector<int32_t>& also, float softcap);
 

@@ -36,18 +36,19 @@ struct QuantActs {
   bool fine;
 };
 
-// A panel of quantised weights: its units and, for Q8_0, the low halves of its values.
+// A panel of quantised weights: its units and, for Q8_0 and Q6_K, the low bits of its values.
 struct TiledPanel {
   const uint8_t* units;
   const uint8_t* low;
 };
 
-// One block of an activation row for the scan of a head by the high halves h of its values: d_w being the weight row's scale, the
-// block adds d_w (d[0] h . q + d[1] h' . q' + offset) to the estimate and d_w^2 energy to the margin's square.
+// One block of an activation row for the scan of a head by the high bits h of its values: d_w being the weight row's scale, the
+// block adds d_w (d[0] h . q + d[1] h' . q' + offset[0]) to the estimate and d_w^2 energy[0] to the margin's square. With a scale for
+// either half (Q6_K), each half adds its own.
 struct ScanScale {
   float d[2];
-  float offset;
-  float energy;
+  float offset[2];
+  float energy[2];
 };
 
 constexpr int kQueryRows = 8;  // query rows that attend_block takes at most
@@ -70,10 +71,10 @@ struct Kernels {
   // begins (both multiples of 8 for K-quants). `add` goes on from what the tile holds.
   void (*panel)(DType type, const TiledPanel& panel, int64_t first, int64_t count, const QuantActs& acts, bool add,
                 float* tile);
-  // low[row * ld], high[row * ld] = the largest of estimate - margin and of estimate + margin among a Q8_0 panel's weight rows, without
-  // those whose bit is set in `skip`; scales is [blocks][rows].
-  void (*scan)(const uint8_t* units, int64_t blocks, const QuantActs& acts, const ScanScale* scales, uint32_t skip,
-               float* low, float* high, int64_t ld);
+  // low[row * ld], high[row * ld] = the largest of estimate - margin and of estimate + margin among the weight rows of a panel of Q8_0 or
+  // Q6_K, without those whose bit is set in `skip`; scales is [blocks][rows].
+  void (*scan)(DType type, const uint8_t* units, int64_t blocks, const QuantActs& acts, const ScanScale* scales,
+               uint32_t skip, float* low, float* high, int64_t ld);
   // out[i * ldo + r] = W[r] . x[first + i] for `rows` weight rows in file order (at most kBf16Rows) and m (at most kActChunk) of
   // the n packed activation rows. `scratch`, of bf16_scratch(k) bytes, keeps the weights as the kernel likes them: `again` says that
   // the last call with this scratch was for the same weights.

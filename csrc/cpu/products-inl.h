@@ -42,8 +42,12 @@ inline void load_5bit(const uint8_t* plane1, const uint8_t* plane4, B* w) {
 }
 
 template <int G>
-inline void load_6bit(const uint8_t* plane2, const uint8_t* plane4, B* w) {
-  load_4bit<G>(plane4, w);
+inline void load_6bit(const uint8_t* high, const uint8_t* plane2, B* w) {
+  constexpr int at = G * W % 16 * 4;
+  for (int i = 0; i < 8; ++i) {
+    const B x = V::load_b(high + i * 64 + at);
+    w[i] = G * W >= 16 ? V::high4_up2(x) : V::low4_up2(x);
+  }
   for (int h = 0; h < 2; ++h) {
     const B p = V::load_b(plane2 + h * 128 + G * W * 4);
     w[4 * h + 0] = V::or_pair<0>(w[4 * h + 0], p);
@@ -54,7 +58,7 @@ inline void load_6bit(const uint8_t* plane2, const uint8_t* plane4, B* w) {
 }
 
 // A block of 32 along K for the W rows of group G: their values as unsigned bytes (value = byte - kOffset), a scale for each
-// kSubs-th of the block, and an offset where kMin says so.
+// kSubs-th of the block, and an offset where kMin says so. A unit has kUnitBlocks blocks, whose low bits, kLow bytes each, are apart.
 struct Block {
   B w[8];
   F scale[2];
@@ -76,16 +80,19 @@ struct Simple {  // Q4_0 Q4_1 Q5_0 Q5_1
   }
 };
 
-constexpr int kHighUnit = 64 + 512;  // Q8_0: scales and high halves
-
-struct EightBit {
+struct EightBit {  // Q8_0
   static constexpr int kBits = 8, kOffset = 128, kSubs = 1, kUnitBlocks = 1;
   static constexpr bool kMin = false;
-  static constexpr int kUnit = kHighUnit, kLow = 512;
+  static constexpr int kUnit = 64 + 512, kLow = 512;
+  static const uint8_t* high(const uint8_t* unit, int) { return unit + 64; }
   template <int G>
-  static void decode(const uint8_t* unit, const uint8_t* low, int, Block& b) {
-    b.scale[0] = V::load_half(unit + G * W * 2);
-    load_8bit<G>(unit + 64, low, b.w);
+  static void scales(const uint8_t* unit, int, F* scale) {
+    scale[0] = V::load_half(unit + G * W * 2);
+  }
+  template <int G>
+  static void decode(const uint8_t* unit, const uint8_t* low, int j, Block& b) {
+    scales<G>(unit, j, b.scale);
+    load_8bit<G>(high(unit, j), low, b.w);
   }
 };
 
@@ -113,14 +120,19 @@ struct TwoLevel {  // Q4_K Q5_K
 struct SixBit {  // Q6_K
   static constexpr int kBits = 6, kOffset = 32, kSubs = 2, kUnitBlocks = 8;
   static constexpr bool kMin = false;
-  static constexpr int kUnit = 64 + 8 * 832, kLow = 0;
+  static constexpr int kStride = 64 + 512, kUnit = 64 + 8 * kStride, kLow = 256;
+  static const uint8_t* high(const uint8_t* unit, int j) { return unit + 64 + j * kStride + 64; }
   template <int G>
-  static void decode(const uint8_t* unit, const uint8_t*, int j, Block& b) {
-    const uint8_t* block = unit + 64 + j * 832;
+  static void scales(const uint8_t* unit, int j, F* scale) {
+    const uint8_t* block = unit + 64 + j * kStride;
     const F d = V::load_half(unit + G * W * 2);
-    b.scale[0] = V::mul(d, V::to_float(V::load_i8(block + G * W)));
-    b.scale[1] = V::mul(d, V::to_float(V::load_i8(block + 32 + G * W)));
-    load_6bit<G>(block + 64, block + 64 + 256, b.w);
+    scale[0] = V::mul(d, V::to_float(V::load_i8(block + G * W)));
+    scale[1] = V::mul(d, V::to_float(V::load_i8(block + 32 + G * W)));
+  }
+  template <int G>
+  static void decode(const uint8_t* unit, const uint8_t* low, int j, Block& b) {
+    scales<G>(unit, j, b.scale);
+    load_6bit<G>(high(unit, j), low, b.w);
   }
 };
 
@@ -222,8 +234,8 @@ GEMMA_NOINLINE void walk(const Run& run, const QuantActs& a, float* tile) {
   const ActScale* s = a.scale;
   Rows rows;
   rows.start(run.add, a.rows, tile);
-  for (int64_t u = 0; u < run.count / Q::kUnitBlocks; ++u, unit += Q::kUnit, low += Q::kLow)
-    for (int j = 0; j < Q::kUnitBlocks; ++j, q += kBlock * a.rows, s += a.rows) {
+  for (int64_t u = 0; u < run.count / Q::kUnitBlocks; ++u, unit += Q::kUnit)
+    for (int j = 0; j < Q::kUnitBlocks; ++j, low += Q::kLow, q += kBlock * a.rows, s += a.rows) {
       // Hardware prefetch ends with a page, which one row would wait for and a few all the more.
       for (int p = 0; p < kBlockBytes; p += 64) GEMMA_PREFETCH(unit + (j + V::kAhead) * kBlockBytes + p);
       for (int p = 0; p < Q::kLow; p += 64) GEMMA_PREFETCH(low + V::kAhead * Q::kLow + p);

@@ -120,11 +120,12 @@ struct V {
     B p = BIT < 4 ? _mm256_slli_epi16(plane, BIT < 4 ? 4 - BIT : 0) : _mm256_srli_epi16(plane, BIT < 4 ? 0 : BIT - 4);
     return _mm256_or_si256(x, _mm256_and_si256(p, _mm256_set1_epi8(0x10)));
   }
-  template <int PAIR>  // x | (bits 2 PAIR, 2 PAIR + 1 of plane) << 4
+  // Four times the low (high) nibbles.
+  static B low4_up2(B x) { return _mm256_and_si256(_mm256_slli_epi16(x, 2), _mm256_set1_epi8(60)); }
+  static B high4_up2(B x) { return _mm256_and_si256(_mm256_srli_epi16(x, 2), _mm256_set1_epi8(60)); }
+  template <int PAIR>  // x | bits 2 PAIR, 2 PAIR + 1 of plane
   static B or_pair(B x, B plane) {
-    B p = PAIR < 2 ? _mm256_slli_epi16(plane, PAIR < 2 ? 4 - 2 * PAIR : 0)
-                   : _mm256_srli_epi16(plane, PAIR < 2 ? 0 : 2 * PAIR - 4);
-    return _mm256_or_si256(x, _mm256_and_si256(p, _mm256_set1_epi8(0x30)));
+    return _mm256_or_si256(x, _mm256_and_si256(_mm256_srli_epi16(plane, 2 * PAIR), _mm256_set1_epi8(3)));
   }
   static I bytes4(const int8_t* p) {
     int32_t x;

@@ -116,11 +116,12 @@ struct V {
     B p = BIT < 4 ? _mm512_slli_epi16(plane, BIT < 4 ? 4 - BIT : 0) : _mm512_srli_epi16(plane, BIT < 4 ? 0 : BIT - 4);
     return _mm512_ternarylogic_epi32(x, p, _mm512_set1_epi8(0x10), 0xf8);
   }
-  template <int PAIR>  // x | (bits 2 PAIR, 2 PAIR + 1 of plane) << 4
+  // Four times the low (high) nibbles.
+  static B low4_up2(B x) { return _mm512_and_si512(_mm512_slli_epi16(x, 2), _mm512_set1_epi8(60)); }
+  static B high4_up2(B x) { return _mm512_and_si512(_mm512_srli_epi16(x, 2), _mm512_set1_epi8(60)); }
+  template <int PAIR>  // x | bits 2 PAIR, 2 PAIR + 1 of plane
   static B or_pair(B x, B plane) {
-    B p = PAIR < 2 ? _mm512_slli_epi16(plane, PAIR < 2 ? 4 - 2 * PAIR : 0)
-                   : _mm512_srli_epi16(plane, PAIR < 2 ? 0 : 2 * PAIR - 4);
-    return _mm512_ternarylogic_epi32(x, p, _mm512_set1_epi8(0x30), 0xf8);
+    return _mm512_ternarylogic_epi32(x, _mm512_srli_epi16(plane, 2 * PAIR), _mm512_set1_epi8(3), 0xf8);
   }
   static I bytes4(const int8_t* p) {
     int32_t x;

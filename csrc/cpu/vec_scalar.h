@@ -227,9 +227,18 @@ struct V {
     GEMMA_EACH_BYTE x.v[i] |= static_cast<uint8_t>((plane.v[i] >> BIT & 1) << 4);
     return x;
   }
-  template <int PAIR>  // x | (bits 2 PAIR, 2 PAIR + 1 of plane) << 4
+  // Four times the low (high) nibbles.
+  static B low4_up2(B x) {
+    GEMMA_EACH_BYTE x.v[i] = static_cast<uint8_t>(x.v[i] << 2 & 60);
+    return x;
+  }
+  static B high4_up2(B x) {
+    GEMMA_EACH_BYTE x.v[i] = x.v[i] >> 2 & 60;
+    return x;
+  }
+  template <int PAIR>  // x | bits 2 PAIR, 2 PAIR + 1 of plane
   static B or_pair(B x, B plane) {
-    GEMMA_EACH_BYTE x.v[i] |= static_cast<uint8_t>((plane.v[i] >> 2 * PAIR & 3) << 4);
+    GEMMA_EACH_BYTE x.v[i] |= plane.v[i] >> 2 * PAIR & 3;
     return x;
   }
   // sum over N groups of 4 of (w - OFF) * a, given sum = the sum of a. w < 2^BITS.

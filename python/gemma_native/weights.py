@@ -437,7 +437,7 @@ def _token_id(metadata: Mapping[str, Any], name: str, path: Path) -> int | None:
 
 # --- packed files: what the engine holds in memory, ready to be mapped ---
 
-_PACKED_VERSION = "3"  # of the tiles' layout: since 3, the low halves of Q8_0 follow the last panel's units
+_PACKED_VERSION = "4"  # of the tiles' layout: since 4, the low bits of Q8_0 and Q6_K follow the last panel's units
 _ALIGN = 64
 _TOKENIZER = "tokenizer.model"
 
