@@ -157,7 +157,7 @@ def test_bf16_bits_do_not_depend_on_company(rows: int, k: int) -> None:
     data = (rng.standard_normal((rows, k)).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16).tobytes()
     x = rng.standard_normal((131, k)).astype(np.float32)
     alone = b"".join(T.product("BF16", data, rows, k, x[i : i + 1]).tobytes() for i in range(131))
-    for m in (2, 3, 4, 5, 6, 7, 11, 32, 63, 64, 65, 131):
+    for m in (2, 3, 4, 5, 6, 7, 8, 9, 11, 32, 63, 64, 65, 131):
         assert T.product("BF16", data, rows, k, x[:m], threads=2).tobytes() == alone[: 4 * rows * m], m
 
 

@@ -60,7 +60,7 @@ inline void bf16_few(const uint16_t* w, int64_t ldw, int rows, int64_t k, const 
                      int64_t ldo) {
   if constexpr (M > 1)
     if (m < M) return bf16_few<M - 1>(w, ldw, rows, k, x, m, out, ldo);
-  constexpr int R = M == 1 ? V::kBf16Streams : V::kBf16TileW;
+  constexpr int R = M == 1 ? V::kBf16Streams : V::bf16_tile(M);
   uint16_t tail[kBf16Rows][32] = {};  // the last values of each row, padded with zeros to a step
   for (int r = 0; r < rows; ++r)
     for (int64_t j = k / kStep * kStep; j < k; ++j) tail[r][j % kStep] = w[r * ldw + j];
