@@ -20,7 +20,8 @@ import tiny  # noqa: E402
 from engine import SPECK, GetModel, build  # noqa: E402
 from make_golden import SEED  # noqa: E402
 
-from gemma_native.weights import Checkpoint, open_checkpoint  # noqa: E402
+from gemma_native.checkpoint import Checkpoint
+from gemma_native.weights import open_checkpoint  # noqa: E402
 
 Open = Callable[[str], Checkpoint]
 

@@ -14,8 +14,8 @@ import reference
 import tiny
 
 from gemma_native import _native
+from gemma_native.checkpoint import Checkpoint
 from gemma_native.config import Config
-from gemma_native.weights import Checkpoint
 
 Array = np.ndarray
 GetModel = Callable[..., Any]

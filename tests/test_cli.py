@@ -313,7 +313,7 @@ def test_failed_quantize_leaves_everything(model: Path, tmp_path: Path, monkeypa
     def disk_full(source: str, target: str) -> None:
         raise OSError(28, "No space left on device", target)
 
-    monkeypatch.setattr("gemma_native.weights.os.replace", disk_full)
+    monkeypatch.setattr("gemma_native.packed.os.replace", disk_full)
     target = tmp_path / "packed.safetensors"
     target.write_bytes(b"precious")
     assert cli.main(["quantize", str(model), str(target), "--force"]) == 2

@@ -31,8 +31,8 @@ from engine import (
 from make_golden import GOLDEN
 
 from gemma_native import _native
+from gemma_native.checkpoint import Checkpoint
 from gemma_native.gemma import Gemma
-from gemma_native.weights import Checkpoint
 
 emulated = hasattr(_native.testing, "emulator")
 DEVICES = ["cuda-emulated"] * emulated + ["cuda"] * (not _native.cuda_status())

@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 
-from gemma_native import _native, weights
+from gemma_native import _native, packed
 
 T = _native.testing
 EPS = 2.0**-24  # half a unit in the last place of float32
@@ -192,7 +192,7 @@ def test_layout_of_tiles() -> None:
     for name in BLOCK:
         data = random_blocks(name, 65, 512, np.random.default_rng(3))
         tiles[name] = zlib.crc32(T.tile(name, data, 65, 512))
-    assert (weights._PACKED_VERSION, tiles) == (
+    assert (packed.VERSION, tiles) == (
         "4",
         {
             "Q8_0": 0xC381D33D,

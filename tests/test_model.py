@@ -33,7 +33,8 @@ from engine import (
 from make_golden import GOLDEN
 
 from gemma_native import _native
-from gemma_native.weights import Checkpoint, open_checkpoint
+from gemma_native.checkpoint import Checkpoint
+from gemma_native.weights import open_checkpoint
 
 QUANTISED = [q for q in tiny.QUANTS if q.startswith("Q")]
 BF16_UNITS = _native.bf16_instructions()  # they round activations, where the others keep float32

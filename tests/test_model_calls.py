@@ -30,7 +30,7 @@ from engine import (
 )
 
 from gemma_native import _native
-from gemma_native.weights import Checkpoint
+from gemma_native.checkpoint import Checkpoint
 
 # --- results: score, top_k, all_logits ---
 

@@ -19,8 +19,10 @@ import tiny
 from tiny import header_of, put_header
 
 from gemma_native import Gemma, _native
+from gemma_native.checkpoint import Checkpoint
 from gemma_native.errors import FormatError, MissingDependency
-from gemma_native.weights import Checkpoint, open_checkpoint, save_packed
+from gemma_native.packed import save_packed
+from gemma_native.weights import open_checkpoint
 
 CASE = "gemma2-gqa"
 
@@ -398,7 +400,7 @@ MODEL_NAME, EXPECTED_SHA256 = "m.gguf", {hashlib.sha256(data).hexdigest()!r}
 def chunk_paths():
     return [Path({str(tmp_path)!r}) / f"chunk{{i}}" for i in range(4)]
 """)
-    script = "from gemma_native.weights import demo_file; print(demo_file().stat().st_size)"
+    script = "from gemma_native.download import demo_file; print(demo_file().stat().st_size)"
     cache = tmp_path / "cache"
     path = os.pathsep.join([str(tmp_path), *sys.path])
     env = {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": path}

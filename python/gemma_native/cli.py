@@ -425,7 +425,8 @@ def _bench(args: argparse.Namespace) -> None:
 
 def _quantize(args: argparse.Namespace) -> None:
     from . import _native
-    from .weights import open_checkpoint, save_packed
+    from .packed import save_packed
+    from .weights import open_checkpoint
 
     target = os.path.realpath(args.destination)
     if not target.endswith(".safetensors"):

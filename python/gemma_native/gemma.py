@@ -20,11 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _native
+from .checkpoint import Progress
 from .config import Config
 from .sampling import SamplingParams, make_params
 from .sequence import Completion, Rows, Running
 from .speculation import Guesses
-from .weights import Progress, open_checkpoint
+from .weights import open_checkpoint
 
 if TYPE_CHECKING:
     from .chat import Chat

