@@ -44,7 +44,7 @@ def test_cpp_include_directions() -> None:
             if CUDA_HEADER.search(header):
                 assert name.startswith("cuda/"), f"{name} includes {header}"
             if header.startswith("pybind11"):
-                assert name == "bindings.cpp", f"{name} includes {header}"
+                assert name == "bindings.h", f"{name} includes {header}"
             if re.search(r"(^|/)(cpu|cuda)/", header):
                 assert name not in {"model.cpp", "model.h", "backend.h", "config.h", "tensor.h"}, f"{name}: {header}"
             if name.startswith("cpu/"):
