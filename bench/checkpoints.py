@@ -1,6 +1,6 @@
 """Random Gemma checkpoints in real shapes, for measuring speed where no real weights are at hand.
 
-Writes tensor by tensor from a small pool of random blocks, so a 7B file needs a few megabytes of memory. The numbers
+Writes tensor by tensor, all but the embedding from a small pool of random blocks, so a 7B file needs a few megabytes of memory. The numbers
 mean nothing; their scale is such that activations stay finite. GGUF needs the `gguf` package (extra `test`).
 
     python bench/checkpoints.py --shape 2b --type Q4_0 bench/checkpoints/2b-Q4_0.gguf

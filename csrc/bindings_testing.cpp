@@ -53,12 +53,20 @@ auto with_head(const std::string& type, const py::buffer& data, int64_t rows, in
   return with_matrix(type, data, rows, cols, x, 2, fine, use);
 }
 
-// The panels that HeadScan leaves for the k best products.
+// The panels that HeadScan leaves for the k best products in the last of some calls.
 std::vector<int64_t> test_reachable(const std::string& type, const py::buffer& data, int64_t rows, int64_t cols,
                                     const FloatArray& x, int64_t k, float softcap, bool fine,
-                                    const std::vector<int32_t>& also) {
+                                    const std::vector<int32_t>& also, int calls) {
   return with_head(type, data, rows, cols, x, fine, [&](ThreadPool& pool, const Activations& acts, const CpuMatrix& w) {
-    return HeadScan().reachable(kernels(), pool, acts, w, k, also, softcap);
+    HeadScan scan;
+    std::vector<int64_t> panels;
+    for (int i = 0; i < calls; ++i) {
+      panels = scan.reachable(kernels(), pool, acts, w, k, also, softcap);
+      std::vector<float> y(panels.size() * acts.n * kPanel);
+      matmul_panels(kernels(), pool, acts, w, panels, y.data());
+      scan.check(panels, acts.n, w.rows, y.data());
+    }
+    return panels;
   });
 }
 
@@ -155,7 +163,8 @@ void add_testing(py::module_& m) {
   t.def("product", test_product, py::arg("dtype"), py::arg("data"), py::arg("rows"), py::arg("cols"), py::arg("x"),
         py::arg("threads") = 1, py::arg("fine") = false);
   t.def("reachable", test_reachable, py::arg("dtype"), py::arg("data"), py::arg("rows"), py::arg("cols"), py::arg("x"),
-        py::arg("k"), py::arg("softcap") = 0.0f, py::arg("fine") = false, py::arg("also") = std::vector<int32_t>());
+        py::arg("k"), py::arg("softcap") = 0.0f, py::arg("fine") = false, py::arg("also") = std::vector<int32_t>(),
+        py::arg("calls") = 2);
   t.def("head_bounds", test_bounds, py::arg("dtype"), py::arg("data"), py::arg("rows"), py::arg("cols"), py::arg("x"),
         py::arg("fine"), py::arg("apart"));
   t.def("tile",

@@ -67,7 +67,7 @@ void q4_errors(const float* v, const float* d, const float* inverse, float* erro
 void encode_row(DType type, const float* x, int64_t k, uint8_t* row, Q4Errors errors = q4_errors);
 
 // A matrix as the loaders of the backends take it. Throws InputError for panels of another type than `target`, and for rows that are no
-// whole number of blocks.
+// whole number of blocks, but for panels with blocks of 32.
 void check_convertible(const HostTensor& source, DType target);
 // Row r of `source`, whatever its type, as a file's row of `target` (BF16, Q8_0 or Q4_0). values: cols + 256 floats of scratch. Throws
 // InputError naming tensor and row.

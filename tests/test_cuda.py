@@ -141,7 +141,7 @@ def test_weights_option(get: GetModel, model: GetModel, case: str, weights: str)
 
 def test_packed_and_mixed_weights(device: str, model: GetModel, checkpoint: Callable[[str], Checkpoint]) -> None:
     tokens = random_tokens(N, 5)
-    for quant in ("Q4_K", "Q8_0"):
+    for quant in ("Q4_K", "Q6_K", "Q8_0"):
         packed = model(f"gemma:{quant}").packed()  # panels, as packed files have them
         a = _native.Model(checkpoint(f"gemma:{quant}").config, packed, device, deterministic=True)
         b = build(checkpoint(f"gemma:{quant}"), device=device, deterministic=True)

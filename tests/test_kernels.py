@@ -186,6 +186,15 @@ def test_tiling(name: str) -> None:
         np.testing.assert_array_equal(T.dequantize("TILED:" + name, tiled, rows, k), expected)
 
 
+def test_panels_of_rows_that_are_no_whole_blocks() -> None:
+    """A packed file may say so; only of blocks of 32 does the kernels' zero padding stand in for the rest."""
+    x = np.ones((1, 264), np.float32)
+    assert T.product("TILED:Q8_0", bytes(9 * 1088), 32, 264, x).shape == (1, 32)
+    for name, unit in {"Q4_K": 4608, "Q5_K": 5632, "Q6_K": 6720}.items():
+        with pytest.raises(ValueError, match=f"rows of 264 values, not a multiple of {name}'s block of 256"):
+            T.product("TILED:" + name, bytes(2 * unit), 32, 264, x)
+
+
 def test_layout_of_tiles() -> None:
     """Packed files hold tiles: another layout (docs/FORMATS.md) makes them files of another format."""
     tiles = {}
@@ -304,13 +313,46 @@ def test_head_scan_knows_its_limits() -> None:
     assert T.reachable("Q8_0", data, rows, k, x, 1, softcap=30.0) == everything  # saturated: different products may tie
     assert len(T.reachable("Q8_0", data, rows, k, x / 100, 1, softcap=30.0)) < 5
     assert T.reachable("Q8_0", data, rows, k, 0 * x, 1) == everything
+    assert (
+        T.reachable("Q8_0", data, rows, k, np.float32(1e-25) * x, 1) == everything
+    )  # margins underflow, which the check finds
     x[0, 3] = np.nan
     assert T.reachable("Q8_0", data, rows, k, x, 1) == everything
-    data, x = random_blocks("Q6_K", rows, 256, rng), np.eye(3, 256, dtype=np.float32)
-    assert len(T.reachable("Q6_K", data, rows, 256, x[:2], 1)) < len(everything)
-    assert T.reachable("Q6_K", data, rows, 256, x, 1) == everything
+    data, x = random_blocks("Q6_K", rows, 256, rng), np.eye(1, 256, dtype=np.float32)
+    assert len(T.reachable("Q6_K", data, rows, 256, np.repeat(x, 2, 0), 1)) < len(everything)
+    assert T.reachable("Q6_K", data, rows, 256, np.repeat(x, 3, 0), 1) == everything
     with pytest.raises(ValueError, match="Q4_0 is not scanned"):
         T.reachable("Q4_0", T.quantize("Q4_0", w), rows, k, x, 1)
+
+
+def test_head_scan_pauses_where_it_does_not_pay() -> None:
+    rng = np.random.default_rng(5)
+    rows, k = 2048, 256
+    data, x = random_blocks("Q6_K", rows, k, rng), np.eye(1, k, dtype=np.float32)
+    left = [len(T.reachable("Q6_K", data, rows, k, x, 1, calls=calls)) for calls in range(1, 11)]
+    some = left[1]
+    assert rows // 32 / 4 <= some < rows // 32
+    every = rows // 32  # in the first call, which checks the estimates, and in the pauses
+    assert left == [every, some, every, some, every, every, some, every, every, every]
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_head_scan_ends_where_low_bits_are_not_random(name: str) -> None:
+    """A head that was quantised to 4 bits before: all low bits are 0, and estimates are off by the sum of the activations."""
+    rng = np.random.default_rng(4)
+    rows, k = 4096, 768
+    raw = np.frombuffer(random_blocks(name, rows, k, rng), np.uint8).reshape(rows, -1, SIZES[name][1]).copy()
+    if name == "Q8_0":
+        raw[..., 2:] &= 0xF0
+    else:
+        raw[..., :128] &= 0xCC  # of the low nibbles, the two lower bits of each
+    data = raw.tobytes()
+    w = dequantize(name, data, rows, k)
+    x = w[:1] / w[:1].std() + rng.standard_normal((1, k)).astype(np.float32)
+    x -= x.mean()
+    assert len(T.reachable(name, data, rows, k, x, 1)) < 8  # without a sum they are not off
+    panels = T.reachable(name, data, rows, k, x + 2, 1)
+    assert panels == list(range(rows // 32))
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_0"])

@@ -11,11 +11,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import reference
+import tiny
 from engine import (
     RING,
     Array,
@@ -31,6 +33,7 @@ from engine import (
 
 from gemma_native import _native
 from gemma_native.checkpoint import Checkpoint
+from gemma_native.weights import open_checkpoint
 
 # --- results: score, top_k, all_logits ---
 
@@ -71,10 +74,15 @@ def test_tokens_beside_the_best(model: GetModel, case: str) -> None:
     check_tokens_beside_the_best(model(case))
 
 
-def test_top_k_of_an_8_bit_head(speck: Callable[..., Checkpoint]) -> None:
+@pytest.mark.parametrize("head", ["Q8_0", "Q6_K"])
+def test_top_k_of_a_scanned_head(speck: Callable[..., Checkpoint], tmp_path: Path, head: str) -> None:
     """Most of the head is ruled out unread, at every position alike: the ids and bits stay those of all logits."""
     vocab = 4096 + 5
-    m = build(speck(vocab_size=vocab), weights="int8")
+    if head == "Q8_0":
+        m = build(speck(vocab_size=vocab), weights="int8")
+    else:
+        m = build(open_checkpoint(tiny.write_gguf(tmp_path / "a.gguf", "gemma", head, vocab_size=vocab)))
+    assert m.encodings()["model.embed_tokens.weight"] == head
     tokens = random_tokens(60, 14, vocab)
     logits = all_logits(m, tokens)
     cache = m.new_cache()

@@ -239,6 +239,7 @@ class CpuBackend final : public Backend {
     const int64_t n = static_cast<int64_t>(panels.size()) * kPanel;
     grow(y_, m * n);
     matmul_panels(kernels_, pool_, acts_, cpu(head), panels, y_.data());
+    scan_.check(panels, m, head.rows, y_.data());
     pool_.parallel_for(m, 1, [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) {
         float* row = y_.data() + i * n;

@@ -13,6 +13,7 @@ namespace {
 
 constexpr float kSigmas = 8;
 constexpr int64_t kMostBest = 40;  // beyond, survivors stand in most panels
+constexpr float kUnsaturated = 4;  // softcaps up to which different products stay different logits
 
 // What the high bits leave open: `steps` equally likely values, `middle` being theirs with a weight's offset taken off.
 struct LowBits {
@@ -23,10 +24,9 @@ struct LowBits {
   float most_left;
   float variance() const { return (steps * steps - 1) / 12; }
 };
-LowBits low_bits(DType type) {
+LowBits low_bits(DType type) {  // Q8_0 or Q6_K
   return type == DType::Q6_K ? LowBits{4, 1.5f - 32, true, 2, 0.25f} : LowBits{16, 7.5f - 128, false, 8, 0.33f};
 }
-constexpr float kUnsaturated = 4;  // softcaps up to which different products stay different logits
 
 std::vector<ScanScale> scan_scales(const LowBits& low, const QuantActs& a, int64_t blocks) {
   std::vector<ScanScale> scales(blocks * a.rows);
@@ -77,35 +77,49 @@ std::vector<int64_t> HeadScan::reachable(const Kernels& kernels, ThreadPool& poo
   std::iota(all.begin(), all.end(), 0);
   const int64_t listed = static_cast<int64_t>(also.size());
   const LowBits low = low_bits(head.type);
-  if (encoding(head.type).low_bytes == 0 || k > kMostBest || x.n > low.most_rows || total < 8 * (k + listed))
+  bounds_ = {};
+  if (encoding(head.type).low_bytes == 0 || k > kMostBest || x.n > low.most_rows || total < 8 * (k + listed) || broken_)
     return all;
   if (pause_ > 0) {
     --pause_;
     return all;
   }
 
-  std::vector<uint32_t> apart(total);  // what `also` lists is no measure for the other rows
-  for (int32_t id : also) apart[id / kPanel] |= 1u << id % kPanel;
-  const HeadBounds bounds = head_bounds(kernels, pool, x, head, apart);
+  apart_.assign(total, 0);  // what `also` lists is no measure for the other rows
+  for (int32_t id : also) apart_[id / kPanel] |= 1u << id % kPanel;
+  bounds_ = head_bounds(kernels, pool, x, head, apart_);
+  if (!checked_) return all;
 
   // k panels hold a row each that is no worse than this.
   std::vector<float> bar(x.n), sorted(total);
   for (int64_t i = 0; i < x.n; ++i) {
-    std::copy_n(bounds.low.begin() + i * total, total, sorted.begin());
+    std::copy_n(bounds_.low.begin() + i * total, total, sorted.begin());
     std::nth_element(sorted.begin(), sorted.begin() + (k - 1), sorted.end(), std::greater<float>());
     bar[i] = sorted[k - 1];
     if (!std::isfinite(bar[i]) || (softcap > 0 && bar[i] > kUnsaturated * softcap)) return all;
   }
   std::vector<int64_t> reachable;
   for (int64_t p = 0; p < total; ++p) {
-    bool in = apart[p] != 0;
-    for (int64_t i = 0; i < x.n; ++i) in |= bounds.high[i * total + p] >= bar[i];
+    bool in = apart_[p] != 0;
+    for (int64_t i = 0; i < x.n; ++i) in |= bounds_.high[i * total + p] >= bar[i];
     if (in) reachable.push_back(p);
   }
   const bool paid = static_cast<float>(reachable.size()) < low.most_left * static_cast<float>(total);
   if (!paid) pause_ = next_pause_;
   next_pause_ = paid ? 1 : std::min(64, 2 * next_pause_);
   return reachable;
+}
+
+void HeadScan::check(const std::vector<int64_t>& panels, int64_t n, int64_t vocab, const float* y) {
+  if (bounds_.low.empty()) return;
+  const int64_t total = static_cast<int64_t>(apart_.size());
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t p : panels) {
+      const float best = *std::max_element(y, y + std::min<int64_t>(kPanel, vocab - p * kPanel));
+      y += kPanel;
+      if (!apart_[p] && (best < bounds_.low[i * total + p] || best > bounds_.high[i * total + p])) broken_ = true;
+    }
+  checked_ = true;
 }
 
 }  // namespace gemma

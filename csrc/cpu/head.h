@@ -22,14 +22,22 @@ HeadBounds head_bounds(const Kernels& kernels, ThreadPool& pool, const Activatio
 // Rules out what it can of a vocabulary. The high bits of a panel of Q8_0 or Q6_K give every product to within a residual whose standard
 // deviation sigma follows from the scales and the activations; a row more than 8 sigma below the k-th best cannot be among the k
 // best. That bound is observed, not proved: docs/MODEL.md has the figures.
+//
+// So it is checked all along: the first call names every panel, and once the best product of a panel that was named lies outside its bounds,
+// as it may if a head was quantised before to fewer bits and its low bits are anything but random, there is no scan any more.
 class HeadScan {
  public:
   // Panels of `head` in which one of `also` (sorted), or one of the k largest products of other rows with some row of x may lie, in
   // order; all of them where the high bits would not tell, or have not told for some calls.
   std::vector<int64_t> reachable(const Kernels& kernels, ThreadPool& pool, const Activations& x, const CpuMatrix& head,
                                  int64_t k, const std::vector<int32_t>& also, float softcap);
+  // What matmul_panels made of the last call's panels, for n rows of x.
+  void check(const std::vector<int64_t>& panels, int64_t n, int64_t vocab, const float* y);
 
  private:
+  HeadBounds bounds_;  // of the last call; empty where it made none
+  std::vector<uint32_t> apart_;
+  bool checked_ = false, broken_ = false;
   int pause_ = 0, next_pause_ = 1;  // calls to leave out: a text whose next token is open stays so for a while
 };
 
