@@ -173,14 +173,14 @@ struct PyCache {
 template <class Fn>
 void run(PyModel& m, const CancelFlag* cancel, Fn&& f) {
   std::mutex& mutex = m.mutex.get();
-  py::gil_scoped_release release;
+  WithoutGil released;
   auto last = std::chrono::steady_clock::now();
   const Poll poll = [&] {
     if (cancel && cancel->set) throw CancelledError();
     const auto now = std::chrono::steady_clock::now();
     if (now - last < std::chrono::milliseconds(20)) return;
     last = now;
-    py::gil_scoped_acquire acquire;
+    WithGil taken;
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
   };
   std::unique_lock<std::mutex> lock(mutex, std::defer_lock);
@@ -230,7 +230,7 @@ std::shared_ptr<PyModel> make_model(const py::object& config, const py::dict& te
   }
   if (!consumed.is_none())
     options.consumed = [&consumed](const std::string& name, size_t begin, size_t end) {
-      py::gil_scoped_acquire acquire;
+      WithGil taken;
       consumed(name, begin, end);
       if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     };
@@ -253,7 +253,7 @@ std::shared_ptr<PyModel> make_model(const py::object& config, const py::dict& te
     backend = make_cuda_backend(index, deterministic);
   }
   {
-    py::gil_scoped_release release;
+    WithoutGil released;
     m->model = std::make_unique<Model>(c, host, std::move(backend), options);
   }
   for (const Model::Weight& w : m->model->weights())
@@ -351,7 +351,7 @@ PYBIND11_MODULE(_native, m) {
       "measure_read_bandwidth",
       [](int threads, int64_t mib) {
         GEMMA_CHECK(threads >= 1 && threads <= 1024 && mib >= 1 && mib <= 65536, "threads or mib out of range");
-        py::gil_scoped_release release;
+        WithoutGil released;
         ThreadPool pool(threads);
         return read_bandwidth(kernels(), pool, static_cast<size_t>(mib) << 20);
       },
@@ -360,7 +360,7 @@ PYBIND11_MODULE(_native, m) {
       "measure_peak",
       [](int threads) {
         GEMMA_CHECK(threads >= 1 && threads <= 1024, "threads out of range");
-        py::gil_scoped_release release;
+        WithoutGil released;
         ThreadPool pool(threads);
         return peaks(kernels(), pool);
       },

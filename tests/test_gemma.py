@@ -650,6 +650,9 @@ def test_load_options(folder: Path) -> None:
         ({"context": 0}, ValueError, "context"), ({"context": 2049}, ValueError, "2048"), ({"context": 1.5}, TypeError, "context"),
         ({"device": "tpu"}, ValueError, "tpu"), ({"weights": "int3"}, ValueError, "int3"), ({"kv": "f16"}, ValueError, "f16"),
         ({"threads": 0}, ValueError, "threads"), ({"threads": -2}, ValueError, "threads"),
+        ({"threads": "2"}, TypeError, "^threads must be an integer or None, not '2'$"), ({"threads": True}, TypeError, "threads"),
+        ({"device": None}, TypeError, "^device must be a string"), ({"weights": None}, TypeError, "^weights must be a string"),
+        ({"kv": 16}, TypeError, "^kv must be a string"), ({"deterministic": "yes"}, TypeError, "^deterministic must be True or False"),
     ]:  # fmt: skip
         with pytest.raises(error, match=name):
             Gemma.load(folder, **{"device": "cpu", **options})  # type: ignore[arg-type]
@@ -742,6 +745,23 @@ except KeyboardInterrupt:
     out = run(code, str(folder))
     assert (out.returncode, out.stdout.strip()) == (0, "length"), out.stderr
     assert signal.SIGINT
+
+
+@pytest.mark.parametrize("call", ["gemma.generate([2] * 1000, max_tokens=1)", "gemma.score([2] * 2000)"])
+def test_the_process_may_end_while_a_thread_is_in_the_engine(folder: Path, call: str) -> None:
+    code = f"""
+import sys, threading, time
+from gemma_native import Gemma
+gemma = Gemma.load(sys.argv[1], device="cpu", threads=1)
+def work():
+    while True:
+        {call}
+threading.Thread(target=work, daemon=True).start()
+time.sleep(0.3)
+print("the end")
+"""
+    out = run(code, str(folder))
+    assert (out.returncode, out.stdout.strip()) == (0, "the end"), out.stderr
 
 
 def test_import_is_light() -> None:

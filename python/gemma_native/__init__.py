@@ -7,13 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ._native import Model
+    from .errors import FormatError, MissingDependency
     from .gemma import Gemma
     from .sampling import SamplingParams
 
-__all__ = ["Gemma", "Model", "SamplingParams"]
+__all__ = ["FormatError", "Gemma", "MissingDependency", "Model", "SamplingParams"]
 __version__ = "0.1.0"
 
-_HOMES = {"Gemma": ".gemma", "Model": "._native", "SamplingParams": ".sampling"}
+_HOMES = {
+    "FormatError": ".errors",
+    "Gemma": ".gemma",
+    "MissingDependency": ".errors",
+    "Model": "._native",
+    "SamplingParams": ".sampling",
+}
 
 
 def __getattr__(name: str) -> Any:

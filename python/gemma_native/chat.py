@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 
 class Chat:
-    """One conversation. `send` answers whole, `stream` in pieces; `messages` is the history as (role, text)."""
+    """One conversation. `send` answers whole, `stream` in pieces; `messages` shows the history as (role, text): changing it changes
+    nothing, `reset()` begins anew. For one thread at a time."""
 
     def __init__(self, gemma: Gemma, system: str | None = None) -> None:
         tokenizer = gemma.tokenizer

@@ -40,7 +40,7 @@ class Score:
     """Log-probabilities (natural logs) that the model gives a text's tokens, each after those before it."""
 
     tokens: list[int]  # the first is not scored
-    logprobs: NDArray[np.float32]  # [len(tokens) - 1]
+    logprobs: NDArray[np.float32]  # [len(tokens) - 1]; the i-th is that of tokens[i + 1]
     perplexity: float = field(init=False)  # exp of the mean negative log-probability
 
     def __post_init__(self) -> None:
@@ -154,8 +154,16 @@ class Gemma:
         deterministic: on CUDA, the same bits for any split of a prompt; the CPU always keeps them.
         progress: called with (bytes done, bytes in all) in place of the bar that a terminal shows.
 
-        Raises FileNotFoundError, FormatError, MissingDependency, ValueError (settings), MemoryError, RuntimeError (device).
+        Raises FileNotFoundError, FormatError, MissingDependency, TypeError and ValueError (settings), MemoryError, RuntimeError (device).
         """
+        for name, value in (("device", device), ("weights", weights), ("kv", kv)):
+            if not isinstance(value, str):
+                raise TypeError(f"{name} must be a string, not {value!r:.60}")
+        for name, number in (("threads", threads), ("context", context)):
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
+                raise TypeError(f"{name} must be an integer or None, not {number!r:.60}")
+        if not isinstance(deterministic, bool):
+            raise TypeError(f"deterministic must be True or False, not {deterministic!r:.60}")
         automatic = device == "auto"
         if automatic:
             device = "cpu" if _native.cuda_status() else "cuda"
@@ -166,8 +174,6 @@ class Gemma:
         checkpoint = open_checkpoint(source, progress)
         try:
             config = checkpoint.config
-            if context is not None and (isinstance(context, bool) or not isinstance(context, int)):
-                raise TypeError(f"context must be an integer, not {context!r}")
             if context is not None and not 1 <= context <= config.context_length:
                 raise ValueError(f"context must be between 1 and {config.context_length} tokens, not {context}")
 
@@ -227,7 +233,7 @@ class Gemma:
         if self._tokenizer is None:
             if self._build_tokenizer is None:
                 raise ValueError(
-                    f"{self._loaded_with['source']}: no tokenizer.model or tokenizer.json; give token ids, not text"
+                    f"{self._loaded_with['source']}: no tokenizer.model or tokenizer.json; only generate() and score() of token ids work"
                 )
             tokenizer = self._build_tokenizer()
             if not self._counted:
@@ -458,9 +464,9 @@ class Gemma:
         prompts = [self._ids(p) for p in prompt] if batch else [self._ids(prompt)]
         if not prompts:
             return []
-        sequences = self._sequences(prompts, chosen)
         flag = self._begin()
         try:
+            sequences = self._sequences(prompts, chosen)
             for _ in self._steps(sequences, flag):
                 pass
         finally:

@@ -7,7 +7,7 @@ a generator made from (seed, index) and draws exactly one uniform number a token
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -64,6 +64,9 @@ class SamplingParams:
                 raise ValueError(f"logit_bias[{token}] is {bias!r}; a number is expected (-inf bans the token)")
         if self.seed is not None:
             _integer(self, "seed", 0)
+        for name in ("stop", "stop_tokens"):
+            if not isinstance(getattr(self, name), Iterable):
+                raise TypeError(f"{name} must be a list, not {getattr(self, name)!r:.80}")
         stops = [self.stop] if isinstance(self.stop, str) else list(self.stop)
         if not all(isinstance(s, str) and s for s in stops):
             raise ValueError(f"stop must be a non-empty string or a list of such, not {self.stop!r:.80}")
