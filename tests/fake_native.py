@@ -6,6 +6,7 @@ It keeps the native classes' promises (lengths, a full cache, cancellation) and 
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -163,3 +164,18 @@ def config(**changes: Any) -> Config:
 def gemma(model: Any, *, words: Any = tokenizer, template: str | None = "a template", context: int = CONTEXT) -> Gemma:
     """A Gemma around a stand-in model."""
     return Gemma(model, config(), words, template, {"source": "fake"}, context)
+
+
+def in_thread(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
+    """A thread that does the work, and a list that then holds what came of it."""
+    out: list[Any] = []
+
+    def run() -> None:
+        try:
+            out.append(work())
+        except BaseException as error:  # the test looks at it
+            out.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread, out

@@ -216,7 +216,7 @@ def test_layout_of_tiles() -> None:
     )
 
 
-HEADS = ("Q8_0", "Q6_K")  # encodings whose low bits lie apart
+BYTES_OF_D = {"Q8_0": slice(0, 2), "Q6_K": slice(208, 210)}  # of the encodings whose low bits lie apart
 
 
 @pytest.mark.parametrize("fine", [False, True])
@@ -260,11 +260,8 @@ def scales_and_values(name: str, raw: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return (d * raw[..., 192:208].view(np.int8)).reshape(rows, -1), values
 
 
-BYTES_OF_D = {"Q8_0": slice(0, 2), "Q6_K": slice(208, 210)}
-
-
 @pytest.mark.parametrize("fine", [False, True])
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", BYTES_OF_D)
 @pytest.mark.parametrize(("rows", "k", "m"), [(75, 768, 1), (96, 2048, 3), (33, 256, 8)])
 def test_bounds_of_the_scan(name: str, rows: int, k: int, m: int, fine: bool) -> None:
     """The middle of what the high bits leave open, give or take 8 standard deviations; of the rows that count."""
@@ -313,9 +310,8 @@ def test_head_scan_knows_its_limits() -> None:
     assert T.reachable("Q8_0", data, rows, k, x, 1, softcap=30.0) == everything  # saturated: different products may tie
     assert len(T.reachable("Q8_0", data, rows, k, x / 100, 1, softcap=30.0)) < 5
     assert T.reachable("Q8_0", data, rows, k, 0 * x, 1) == everything
-    assert (
-        T.reachable("Q8_0", data, rows, k, np.float32(1e-25) * x, 1) == everything
-    )  # margins underflow, which the check finds
+    tiny = np.float32(1e-25) * x  # margins underflow, which the check finds
+    assert T.reachable("Q8_0", data, rows, k, tiny, 1) == everything
     x[0, 3] = np.nan
     assert T.reachable("Q8_0", data, rows, k, x, 1) == everything
     data, x = random_blocks("Q6_K", rows, 256, rng), np.eye(1, 256, dtype=np.float32)
@@ -336,7 +332,7 @@ def test_head_scan_pauses_where_it_does_not_pay() -> None:
     assert left == [every, some, every, some, every, every, some, every, every, every]
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", BYTES_OF_D)
 def test_head_scan_ends_where_low_bits_are_not_random(name: str) -> None:
     """A head that was quantised to 4 bits before: all low bits are 0, and estimates are off by the sum of the activations."""
     rng = np.random.default_rng(4)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from . import _native
 from .checkpoint import Progress
 from .config import Config
-from .sampling import SamplingParams, make_params
+from .sampling import SamplingParams, is_integer, make_params
 from .sequence import Completion, Rows, Running
 from .speculation import Guesses
 from .weights import open_checkpoint
@@ -159,9 +159,10 @@ class Gemma:
         for name, value in (("device", device), ("weights", weights), ("kv", kv)):
             if not isinstance(value, str):
                 raise TypeError(f"{name} must be a string, not {value!r:.60}")
-        for name, number in (("threads", threads), ("context", context)):
-            if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
-                raise TypeError(f"{name} must be an integer or None, not {number!r:.60}")
+        if threads is not None and not is_integer(threads):
+            raise TypeError(f"threads must be an integer or None, not {threads!r:.60}")
+        if context is not None and (isinstance(context, bool) or not isinstance(context, int)):
+            raise TypeError(f"context must be an integer or None, not {context!r:.60}")
         if not isinstance(deterministic, bool):
             raise TypeError(f"deterministic must be True or False, not {deterministic!r:.60}")
         automatic = device == "auto"
@@ -546,7 +547,7 @@ def _reload(arguments: dict[str, Any]) -> Gemma:
 
 
 def _token(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+    if not is_integer(value):
         raise TypeError(f"token ids are integers, not {value!r:.60}")
     return int(value)
 

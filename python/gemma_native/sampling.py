@@ -53,7 +53,7 @@ class SamplingParams:
         if not isinstance(self.logit_bias, Mapping):
             raise TypeError("logit_bias must map token ids to numbers")
         for token, bias in self.logit_bias.items():
-            if not _is_integer(token) or token < 0:
+            if not is_integer(token) or token < 0:
                 raise ValueError(f"logit_bias: {token!r} is not a token id")
             if (
                 not isinstance(bias, (int, float, np.number))
@@ -72,7 +72,7 @@ class SamplingParams:
             raise ValueError(f"stop must be a non-empty string or a list of such, not {self.stop!r:.80}")
         object.__setattr__(self, "stop", tuple(stops))
         tokens = list(self.stop_tokens)
-        if not all(_is_integer(t) and t >= 0 for t in tokens):
+        if not all(is_integer(t) and t >= 0 for t in tokens):
             raise ValueError(f"stop_tokens must be token ids, not {self.stop_tokens!r:.80}")
         object.__setattr__(self, "stop_tokens", tuple(int(t) for t in tokens))
         if not isinstance(self.ignore_eos, bool):
@@ -99,13 +99,14 @@ class SamplingParams:
         return self.top_k if 0 < self.top_k <= FAST_K else 0
 
 
-def _is_integer(value: Any) -> bool:
+def is_integer(value: Any) -> bool:
+    """An integer of Python or NumPy; True and False are none."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def _integer(params: SamplingParams, name: str, low: int) -> None:
     value = getattr(params, name)
-    if not _is_integer(value):
+    if not is_integer(value):
         raise TypeError(f"{name} must be an integer, not {value!r:.80}")
     if value < low:
         raise ValueError(f"{name} must be at least {low}, not {value}")
