@@ -1,8 +1,10 @@
-// Products of bf16 weights with many rows of activations, where a lane owns a weight row. Part of kernels-inl.h.
+// Products of bf16 weights with many rows of activations, where a vector holds four of the sums of W / 4 weight rows. Part of
+// kernels-inl.h.
 //
-// The sums are those of bf16-inl.h, product for product: what one lane adds up there, or one lane of one half of a step, is one pass
-// along K here, and the sixteen passes are joined in the tree that closes a row there. But nothing is joined across lanes, and 2 loads
-// of weights and kTileRows of activations feed twice as many multiply-adds as the latter.
+// The sums are those of bf16-inl.h, product for product: the sixteen that are kept there for a row (one a lane, or one a lane of one
+// half of a step) are four passes along K here, of four sums each, joined in the same tree. But nothing is joined across lanes until
+// the end, two loads of weights and kTileRows of activations feed twice as many multiply-adds as the latter, and weights get their
+// places by moving quarters of vectors.
 #pragma once
 
 #include "kernels.h"
@@ -10,17 +12,20 @@
 namespace gemma {
 namespace GEMMA_ISA {
 
-constexpr int kPasses = 16;
-constexpr int kGroup = 2 * W;                // weight rows of a tile
-constexpr int kTileRows = V::kColumnTile;    // activation rows of a tile
-constexpr int kColumnStep = V::kColumnStep;  // K values of a step, of which a pass takes one, or one pair
-constexpr int kWords = kColumnStep / 2;      // 32-bit words of a weight row in a step
-constexpr int kShared = kPasses / kWords;    // passes that share a word
-constexpr int64_t kColumnSpan = 2048;        // K values of a group's weights, which stay in L2
+constexpr int kPasses = 4;
+constexpr int kVectorRows = W / 4;               // weight rows of a vector
+constexpr int kVectors = 8;                      // of a group
+constexpr int kTileVectors = V::kColumnVectors;  // that meet a tile of activations together
+constexpr int kGroup = kVectors * kVectorRows;   // weight rows
+constexpr int kTileRows = V::kColumnTile;        // activation rows of a tile
+constexpr int kColumnStep = V::kColumnStep;      // K values of a step, of which a pass takes a quarter
+constexpr int kWords = kColumnStep / 8;          // vectors that kVectorRows weight rows fill in a step
+constexpr int kShared = kPasses / kWords;        // passes that share them
+constexpr int64_t kColumnSpan = 2048;            // K values of a group's weights, which stay in L2
 // Words between the streams of weights that are packed side by side: a store that lies a multiple of 4 KB from a load that follows
 // holds it up. (So would streams a multiple of 4 KB apart, which they are for no Gemma model's sizes.)
-constexpr int64_t kStreamGap = 128;
-inline int64_t stream_length(int64_t steps) { return steps * kGroup + kStreamGap; }
+constexpr int64_t kStreamGap = 64;
+inline int64_t stream_length(int64_t steps) { return steps * W + kStreamGap; }
 
 inline int64_t steps_of(int64_t k) { return (k + kColumnStep - 1) / kColumnStep; }
 inline int64_t span_at(int64_t from, int64_t k) { return k - from < kColumnSpan ? k - from : kColumnSpan; }
@@ -47,12 +52,16 @@ void pack_columns(const float* x, int64_t at, int64_t count, int64_t k, V::Colum
   }
 }
 
-// A span of a group's weights as [word of a step][half of the group][step][row of the half]. Rows past `rows` repeat the first.
+// A span of a group's weights as [vector][word of a step][step]. Vector 4 h + q has rows q, q + 4, ... of the h-th W rows: so four
+// vectors of sums become one with the rows in order. Rows past `rows` repeat the first.
 inline void weight_columns(const uint16_t* w, int64_t ldw, int rows, int64_t count, uint32_t* out) {
   const int64_t steps = steps_of(count), stream = stream_length(steps), whole = count / kColumnStep;
-  for (int g = 0; g < kGroup; g += W, out += steps * W) {
-    const uint16_t* row[W];
-    for (int r = 0; r < W; ++r) row[r] = w + (g + r < rows ? g + r : 0) * ldw;
+  for (int v = 0; v < kVectors; ++v, out += kWords * stream) {
+    const uint16_t* row[kVectorRows];
+    for (int g = 0; g < kVectorRows; ++g) {
+      const int r = v / 4 * W + v % 4 + 4 * g;
+      row[g] = w + (r < rows ? r : 0) * ldw;
+    }
     auto put = [&](int64_t at, int64_t step) {
       I c[kWords];
       V::columns(row, at, c);
@@ -60,56 +69,65 @@ inline void weight_columns(const uint16_t* w, int64_t ldw, int rows, int64_t cou
     };
     for (int64_t i = 0; i < whole; ++i) put(i * kColumnStep, i);
     if (whole == steps) continue;
-    uint16_t rest[W][kColumnStep] = {};  // the last step, padded with zeros
-    for (int r = 0; r < W; ++r) {
-      for (int64_t i = whole * kColumnStep; i < count; ++i) rest[r][i - whole * kColumnStep] = row[r][i];
-      row[r] = rest[r];
+    uint16_t rest[kVectorRows][kColumnStep] = {};  // the last step, padded with zeros
+    for (int g = 0; g < kVectorRows; ++g) {
+      for (int64_t i = whole * kColumnStep; i < count; ++i) rest[g][i - whole * kColumnStep] = row[g][i];
+      row[g] = rest[g];
     }
     put(0, whole);
   }
 }
 
-// sum[M][kPasses][kGroup] (+)= one pass of a span for a tile; PART: which part of the words it takes.
-template <int M, int PART>
-inline void column_tile(const uint32_t* w, const V::Column* x, int64_t steps, bool start, float* sum) {
-  F a[M][2];
-  for (int m = 0; m < M; ++m)
-    for (int v = 0; v < 2; ++v) a[m][v] = start ? V::zero() : V::load(sum + m * kPasses * kGroup + v * W);
-  // Else a sixth of the instructions are the loop's own, and whoever shares the core slows all of them down.
-  GEMMA_UNROLL(2)
-  for (const uint32_t* end = w + steps * W; w != end; w += W, x += M) {
-    const V::Part w0 = V::part<PART>(w), w1 = V::part<PART>(w + steps * W);
-    for (int m = 0; m < M; ++m) {
-      a[m][0] = V::dot_column(w0, x[m], a[m][0]);
-      a[m][1] = V::dot_column(w1, x[m], a[m][1]);
-    }
-  }
-  for (int m = 0; m < M; ++m)
-    for (int v = 0; v < 2; ++v) V::store(sum + m * kPasses * kGroup + v * W, a[m][v]);
-}
+// Weight rows that are asked for into L2, `apart` values apart, a line of each in every step of a loop.
+struct Ahead {
+  const uint16_t* row;
+  int64_t apart;
+};
 
-template <int M>
-inline void column_tile(int64_t m, int part, const uint32_t* w, const V::Column* x, int64_t steps, bool start,
+// Bytes of activations that are asked for into L1 ahead: a pass of a tile. A chunk of them lies in L2 or further away.
+constexpr int64_t kAheadBytes = 6144;
+
+// sum[M][kPasses][kVectors][W] (+)= one pass of a span for a tile and kTileVectors vectors, `stride` words apart. PART: which part of the
+// words the pass takes. ROWS: those of `ahead`.
+template <int M, int PART, int ROWS>
+inline void column_tile(const uint32_t* w, int64_t stride, const V::Column* x, int64_t steps, bool start, Ahead ahead,
                         float* sum) {
-  if constexpr (M > 1)
-    if (m < M) return column_tile<M - 1>(m, part, w, x, steps, start, sum);
-  part ? column_tile<M, kShared - 1>(w, x, steps, start, sum) : column_tile<M, 0>(w, x, steps, start, sum);
+  constexpr int N = kTileVectors, kSums = M * N;
+  auto at = [&](int i) { return sum + (i / N * kPasses * kVectors + i % N) * W; };
+  F a[kSums];
+  GEMMA_UNROLL(24)  // else GCC moves the sums to memory and back before the loop, and after it
+  for (int i = 0; i < kSums; ++i) a[i] = start ? V::zero() : V::load(at(i));
+  GEMMA_UNROLL(
+      2)  // else a sixth of the instructions are the loop's own, and whoever shares the core slows all of them down
+  for (const uint32_t* end = w + steps * W; w != end; w += W, x += M) {
+    for (int r = 0; r < ROWS; ++r) GEMMA_PREFETCH_L2(ahead.row + r * ahead.apart);
+    if (ROWS) ahead.row += kColumnStep;
+    for (int64_t i = 0; i < static_cast<int64_t>(M * sizeof(V::Column)); i += 64)
+      GEMMA_PREFETCH(reinterpret_cast<const char*>(x) + kAheadBytes + i);
+    V::Part part[N];
+    for (int v = 0; v < N; ++v) part[v] = V::part<PART>(w + v * stride);
+    GEMMA_UNROLL(24)
+    for (int i = 0; i < kSums; ++i) a[i] = V::dot_column(part[i % N], V::four(x[i / N]), a[i]);
+  }
+  GEMMA_UNROLL(24)
+  for (int i = 0; i < kSums; ++i) V::store(at(i), a[i]);
 }
 
-// The sums of 2^LEVEL passes, joined as the lanes of a row are.
-template <int LEVEL>
-inline F join_passes(const float* sum) {
-  if constexpr (LEVEL == 0)
-    return V::load(sum);
-  else
-    return V::add(join_passes<LEVEL - 1>(sum), join_passes<LEVEL - 1>(sum + V::kTree[LEVEL - 1] * kGroup));
+template <int M, int ROWS>
+inline void column_tile(int64_t m, int part, const uint32_t* w, int64_t stride, const V::Column* x, int64_t steps,
+                        bool start, Ahead ahead, float* sum) {
+  if constexpr (M > 1)
+    if (m < M) return column_tile<M - 1, ROWS>(m, part, w, stride, x, steps, start, ahead, sum);
+  part ? column_tile<M, kShared - 1, ROWS>(w, stride, x, steps, start, ahead, sum)
+       : column_tile<M, 0, ROWS>(w, stride, x, steps, start, ahead, sum);
 }
 
 // As `bf16` of kernels.h.
 inline void bf16_columns(const uint16_t* w, int64_t ldw, int rows, int64_t k, const V::Column* acts, int64_t first,
-                         int m, int64_t n, uint32_t* packed, bool again, float* out, int64_t ldo) {
-  alignas(64) float sums[kActChunk][kPasses][kGroup];
-  const int64_t tiles = tiles_of(m);
+                         int m, int64_t n, const uint16_t* next, uint32_t* packed, bool again, float* out,
+                         int64_t ldo) {
+  alignas(64) float sums[kActChunk][kPasses][kVectors][W];
+  const int64_t tiles = tiles_of(m), calls = kPasses * kVectors / kTileVectors * tiles;
   const V::Column* chunk = acts + first * steps_of(k) * kPasses;
   for (int g = 0; g < rows; g += kGroup) {
     const uint16_t* group = w + g * ldw;
@@ -117,28 +135,38 @@ inline void bf16_columns(const uint16_t* w, int64_t ldw, int rows, int64_t k, co
     for (int64_t from = 0; from < k; from += kColumnSpan) {
       const int64_t count = span_at(from, k), steps = steps_of(count), stream = stream_length(steps);
       if (!again) weight_columns(group + from, ldw, group_rows, count, packed);
-      // What will be packed next is asked for into L2 meanwhile: in the first chunk the rest of these weights, in the last one those
-      // that come after them. Each pass asks for a row or two, each tile for a part.
+      // What will be packed next is asked for meanwhile: in the first chunk the rest of these weights, in the last one those that come
+      // after them.
       const bool more = from + count < k, ours = more || g + kGroup < rows;
-      const bool wanted = ours ? !again : first + m == n;
-      const int64_t next_from = more ? from + count : 0, next_count = wanted ? span_at(next_from, k) : 0;
-      const uint16_t* next = group + (more ? 0 : kGroup * ldw) + next_from;
-      const int64_t each = (next_count / 32 / tiles + 1) * 32;
+      const uint16_t* soon = nullptr;
+      if (ours && !again) soon = more ? group + from + count : group + kGroup * ldw;
+      if (!ours && first + m == n) soon = next;
       const V::Column* x = chunk + from / kColumnStep * kPasses * m;
-      for (int j = 0; j < kPasses; ++j)
-        for (int64_t t = 0; t < tiles; ++t) {
-          const int64_t row = tile_at(t, m, tiles), width = tile_at(t + 1, m, tiles) - row;
-          for (int r = j; r < kGroup; r += kPasses)
-            for (int64_t i = t * each; i < (t + 1) * each && i < next_count; i += 32)
-              GEMMA_PREFETCH_L2(next + r * ldw + i);
-          column_tile<kTileRows>(width, j % kShared, packed + j / kShared * stream, x, steps, from == 0, sums[row][j]);
-          x += width * steps;
-        }
-      if (n > kActChunk) packed += kWords * stream;  // else no other chunk will ask for them
+      int64_t call = 0;
+      for (int j = 0; j < kPasses; ++j, x += m * steps)
+        for (int v = 0; v < kVectors; v += kTileVectors)
+          for (int64_t t = 0; t < tiles; ++t, ++call) {
+            const int64_t row = tile_at(t, m, tiles), width = tile_at(t + 1, m, tiles) - row;
+            const int64_t asked = call * kGroup / calls, wanted = soon ? (call + 1) * kGroup / calls - asked : 0;
+            const Ahead ahead = {soon + asked * ldw, ldw};
+            const auto tile = wanted == 0   ? column_tile<kTileRows, 0>
+                              : wanted == 1 ? column_tile<kTileRows, 1>
+                              : wanted == 2 ? column_tile<kTileRows, 2>
+                                            : column_tile<kTileRows, 4>;
+            tile(width, j % kShared, packed + (v * kWords + j / kShared) * stream, kWords * stream, x + row * steps,
+                 steps, from == 0, ahead, sums[row][j][v]);
+          }
+      if (n > kActChunk) packed += kVectors * kWords * stream;  // else no other chunk will ask for them
     }
     for (int i = 0; i < m; ++i)
-      for (int v = 0; v < kGroup && v < group_rows; v += W)
-        V::store_n(out + i * ldo + g + v, join_passes<4>(sums[i][0] + v), group_rows - v);
+      for (int h = 0; h * W < group_rows; ++h) {
+        F u[4];
+        for (int q = 0; q < 4; ++q) {
+          auto pass = [&](int j) { return V::load(sums[i][j][4 * h + q]); };
+          u[q] = V::add(V::add(pass(0), pass(V::kJoinFirst)), V::add(pass(3 - V::kJoinFirst), pass(3)));
+        }
+        V::store_n(out + i * ldo + g + h * W, V::join4(u), group_rows - h * W);
+      }
   }
 }
 

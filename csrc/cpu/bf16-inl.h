@@ -56,10 +56,10 @@ inline void bf16_steps(const uint16_t* w, int64_t ldw, const uint16_t (*tail)[32
 // m <= M rows of activations. For one, memory is read in few streams, weight row after weight row. For more, a piece of theirs stays in
 // the first cache while all weight rows meet it.
 template <int M>
-inline void bf16_few(const uint16_t* w, int64_t ldw, int rows, int64_t k, const uint8_t* x, int m, float* out,
-                     int64_t ldo) {
+inline void bf16_few(const uint16_t* w, int64_t ldw, int rows, int64_t k, const uint8_t* x, int m, const uint16_t* next,
+                     float* out, int64_t ldo) {
   if constexpr (M > 1)
-    if (m < M) return bf16_few<M - 1>(w, ldw, rows, k, x, m, out, ldo);
+    if (m < M) return bf16_few<M - 1>(w, ldw, rows, k, x, m, next, out, ldo);
   constexpr int R = M == 1 ? V::kBf16Streams : V::bf16_tile(M);
   uint16_t tail[kBf16Rows][32] = {};  // the last values of each row, padded with zeros to a step
   for (int r = 0; r < rows; ++r)
@@ -70,8 +70,8 @@ inline void bf16_few(const uint16_t* w, int64_t ldw, int rows, int64_t k, const 
     const int64_t to = from + piece < k ? from + piece : k;
     int r = 0;
     for (; r + R <= rows; r += R) {
-      // Hardware prefetch ends with a page: ask for what comes next, be it the rows below, the next piece or the next call's.
-      const uint16_t* ahead = r + R < rows ? w + (r + R) * ldw + from : to < k ? w + to : w + rows * ldw;
+      // Hardware prefetch ends with a page: ask for what comes next, be it the rows below, the next piece or the next panel.
+      const uint16_t* ahead = r + R < rows ? w + (r + R) * ldw + from : to < k ? w + to : next;
       bf16_steps<R, M>(w + r * ldw, ldw, tail + r, ahead, x, pack_bytes(k), from, to, sum + r);
     }
     for (; r < rows; ++r) bf16_steps<1, M>(w + r * ldw, ldw, tail + r, nullptr, x, pack_bytes(k), from, to, sum + r);
@@ -80,11 +80,11 @@ inline void bf16_few(const uint16_t* w, int64_t ldw, int rows, int64_t k, const 
 }
 
 void bf16(const uint16_t* w, int64_t ldw, int rows, int64_t k, const void* acts, int64_t first, int m, int64_t n,
-          uint8_t* scratch, bool again, float* out, int64_t ldo) {
+          const uint16_t* next, uint8_t* scratch, bool again, float* out, int64_t ldo) {
   if (n > kFewRows)
-    return bf16_columns(w, ldw, rows, k, static_cast<const V::Column*>(acts), first, m, n,
+    return bf16_columns(w, ldw, rows, k, static_cast<const V::Column*>(acts), first, m, n, next,
                         reinterpret_cast<uint32_t*>(scratch), again, out, ldo);
-  bf16_few<kFewRows>(w, ldw, rows, k, static_cast<const uint8_t*>(acts), m, out, ldo);
+  bf16_few<kFewRows>(w, ldw, rows, k, static_cast<const uint8_t*>(acts), m, next, out, ldo);
 }
 
 }  // namespace GEMMA_ISA

@@ -77,9 +77,9 @@ struct Kernels {
                uint32_t skip, float* low, float* high, int64_t ld);
   // out[i * ldo + r] = W[r] . x[first + i] for `rows` weight rows in file order (at most kBf16Rows) and m (at most kActChunk) of
   // the n packed activation rows. `scratch`, of bf16_scratch(k) bytes, keeps the weights as the kernel likes them: `again` says that
-  // the last call with this scratch was for the same weights.
+  // the last call with this scratch was for the same weights. `next`: the weights that the caller will want after these, or null.
   void (*bf16)(const uint16_t* w, int64_t ldw, int rows, int64_t k, const void* x, int64_t first, int m, int64_t n,
-               uint8_t* scratch, bool again, float* out, int64_t ldo);
+               const uint16_t* next, uint8_t* scratch, bool again, float* out, int64_t ldo);
 
   void (*geglu)(const float* gate, const float* up, int64_t n, float* out);  // gelu_tanh(gate) * up
   void (*add)(float* x, const float* y, int64_t n);                          // x += y

@@ -108,18 +108,22 @@ namespace {
 int64_t panels_of(const CpuMatrix& w) { return (w.rows + kPanel - 1) / kPanel; }
 
 // Panels a work item, for `bytes` of weights in `panels` panels: long runs keep the memory streaming, but every thread should
-// get several.
-int64_t grain_of(const ThreadPool& pool, size_t bytes, int64_t panels) {
+// get several. Several rows of activations ask for a panel while they meet the one before, but not across items.
+int64_t grain_of(const ThreadPool& pool, const Activations& x, size_t bytes, int64_t panels) {
   const size_t share = bytes / (8 * static_cast<size_t>(pool.size()));
-  const size_t item = std::clamp<size_t>(share, 16u << 10, 256u << 10);
+  const size_t item = std::clamp<size_t>(share, 16u << 10, x.bf16() && x.n > 1 ? 1u << 20 : 256u << 10);
   return std::max<int64_t>(1, static_cast<int64_t>(item * static_cast<size_t>(panels) / bytes));
 }
 
 // Weight rows [32 index, 32 index + 32) of a matrix.
 struct Panel {
-  const CpuMatrix* w;
-  int64_t index;
+  const CpuMatrix* w = nullptr;
+  int64_t index = 0;
   int rows() const { return static_cast<int>(std::min<int64_t>(kPanel, w->rows - index * kPanel)); }
+  const uint16_t* bf16() const {  // null where there are none
+    if (!w || encoding(w->type).quantized) return nullptr;
+    return reinterpret_cast<const uint16_t*>(w->bf16_row(index * kPanel));
+  }
 };
 
 constexpr int kGroup = 4;              // panels that meet a chunk of activations together
@@ -128,6 +132,7 @@ constexpr int kTile = kActChunk * kPanel;
 constexpr int64_t kManyRows = 16;  // fewer rows wait for memory, and each panel is better read in one go
 
 // tiles[p][m][32] = panels[p] times rows [m0, m0 + m) of the activations. `again`: not the first such call for these panels.
+// panels[count] is the panel that comes after them, its matrix null if none does.
 void group_product(const Kernels& kernels, const Activations& x, const Panel* panels, int count, int64_t m0, int m,
                    bool again, float* tiles) {
   static thread_local Memory scratch;
@@ -140,9 +145,8 @@ void group_product(const Kernels& kernels, const Activations& x, const Panel* pa
   for (int p = 0; p < count; ++p) {
     const CpuMatrix& w = *panels[p].w;
     if (encoding(w.type).quantized) continue;
-    const auto* rows = reinterpret_cast<const uint16_t*>(w.bf16_row(panels[p].index * kPanel));
-    kernels.bf16(rows, w.cols, panels[p].rows(), w.cols, x.packed(), m0, m, x.n, scratch.data() + p * apart, again,
-                 tiles + p * kTile, kPanel);
+    kernels.bf16(panels[p].bf16(), w.cols, panels[p].rows(), w.cols, x.packed(), m0, m, x.n, panels[p + 1].bf16(),
+                 scratch.data() + p * apart, again, tiles + p * kTile, kPanel);
   }
   const int64_t step = count > 1 ? kGroupBlocks : x.blocks();
   for (int64_t from = 0; from < x.blocks(); from += step)
@@ -165,14 +169,18 @@ void each_product(const Kernels& kernels, ThreadPool& pool, const Activations& x
   constexpr size_t kCache = 8u << 20;
   const int64_t sweep = std::max<int64_t>(1, static_cast<int64_t>(kCache / x.row_bytes()) / kActChunk) * kActChunk;
   const int64_t grain =
-      std::max(grain_of(pool, bytes, total), std::min<int64_t>(group / each, total / (4 * pool.size())));
+      std::max(grain_of(pool, x, bytes, total), std::min<int64_t>(group / each, total / (4 * pool.size())));
   for (int64_t from = 0; from < x.n; from += sweep)
     pool.parallel_for(total, grain, [&](int64_t begin, int64_t end, int) {
       alignas(64) float tiles[kGroup * kTile];
-      Panel panels[kGroup];
+      Panel panels[kGroup + 2];  // and those after the group
       for (int64_t i = begin; i < end; i += group / each) {
         const int count = static_cast<int>(std::min<int64_t>(group / each, end - i));
         for (int j = 0; j < count; ++j) at(i + j, panels + j * each);
+        if (i + count < end)
+          at(i + count, panels + count * each);
+        else
+          panels[count * each] = {};
         for (int64_t m0 = from; m0 < std::min(x.n, from + sweep); m0 += kActChunk) {
           const int m = static_cast<int>(std::min<int64_t>(kActChunk, x.n - m0));
           group_product(kernels, x, panels, count * each, m0, m, m0 > from, tiles);

@@ -238,29 +238,22 @@ struct V {
       }
   }
 
-  // bf16 products by columns: each of 8 passes takes the lower values of its words, and another one the upper ones.
-  using Column = float;
-  static constexpr int kColumnStep = 16, kColumnTile = 6;  // with two vectors of weights, 12 sums in 16 registers
-  // The passes in the order in which `close` joins what lane and half hold: k = j with k = j + 1, then j + 8, j + 4 and j + 2.
-  static constexpr int kTree[] = {1, 8, 4, 2};
-  static void to_columns(const float* x, Column* c) { std::memcpy(c, x, kColumnStep * sizeof(float)); }
-  // c[j] = values at + 2 j and at + 2 j + 1 of 8 rows.
+  // bf16 products by columns: each of 2 passes takes the lower values of its words, and another one the upper ones.
+  struct Column {
+    float v[4];
+  };
+  static constexpr int kColumnStep = 16, kColumnTile = 6,
+                       kColumnVectors = 2;  // with two vectors of weights, 12 sums in 16 registers
+  static constexpr int kJoinFirst = 1;      // `close` joins both halves, then lanes k and k + 4
+  static void to_columns(const float* x, Column* c) {
+    for (int j = 0; j < 4; ++j)
+      for (int i = 0; i < 4; ++i) c[j].v[i] = x[j / 2 * 8 + j % 2 + 2 * i];
+  }
+  // c[j] = values at + 8 j to at + 8 j + 7 of 2 rows.
   static void columns(const uint16_t* const* rows, int64_t at, I* c) {
-    I x[8], y[8];
-    for (int i = 0; i < 8; ++i) x[i] = load_i(rows[i] + at);
-    for (int i = 0; i < 8; i += 2) {
-      y[i] = _mm256_unpacklo_epi32(x[i], x[i + 1]);
-      y[i + 1] = _mm256_unpackhi_epi32(x[i], x[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4)
-      for (int j = 0; j < 2; ++j) {
-        x[i + 2 * j] = _mm256_unpacklo_epi64(y[i + j], y[i + j + 2]);
-        x[i + 2 * j + 1] = _mm256_unpackhi_epi64(y[i + j], y[i + j + 2]);
-      }
-    for (int i = 0; i < 4; ++i) {
-      c[i] = _mm256_permute2x128_si256(x[i], x[i + 4], 0x20);
-      c[i + 4] = _mm256_permute2x128_si256(x[i], x[i + 4], 0x31);
-    }
+    const I x0 = load_i(rows[0] + at), x1 = load_i(rows[1] + at);
+    c[0] = _mm256_permute2x128_si256(x0, x1, 0x20);
+    c[1] = _mm256_permute2x128_si256(x0, x1, 0x31);
   }
   using Part = F;
   template <int PART>
@@ -268,7 +261,14 @@ struct V {
     return _mm256_castsi256_ps(PART ? _mm256_and_si256(load_i(p), set_i(static_cast<int>(0xffff0000u)))
                                     : _mm256_slli_epi32(load_i(p), 16));
   }
-  static F dot_column(Part w, Column x, F sum) { return fma(w, set(x), sum); }
+  static Part four(const Column& x) { return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(x.v)); }
+  static F dot_column(Part w, Part x, F sum) { return fma(w, x, sum); }
+  // Lane 4 g + q: lanes 4 g to 4 g + 3 of v[q] joined as `sum` does.
+  static F join4(const F* v) {
+    const F w0 = add(_mm256_shuffle_ps(v[0], v[1], 0x44), _mm256_shuffle_ps(v[0], v[1], 0xee));
+    const F w1 = add(_mm256_shuffle_ps(v[2], v[3], 0x44), _mm256_shuffle_ps(v[2], v[3], 0xee));
+    return add(_mm256_shuffle_ps(w0, w1, 0x88), _mm256_shuffle_ps(w0, w1, 0xdd));
+  }
 
   // bf16 pairs: a = even elements, b = odd elements of 16 values.
   static void load_pairs(const uint16_t* p, F& a, F& b) {

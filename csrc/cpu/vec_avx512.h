@@ -179,42 +179,38 @@ struct V {
     std::memcpy(out, &b, 64);
   }
 
-  // bf16 products by columns: a pass takes one pair of a step, two values in a word.
-  using Column = uint32_t;
-  static constexpr int kColumnStep = 32, kColumnTile = 12;  // with two vectors of weights, 24 sums in 32 registers
-  static constexpr int kTree[] = {8, 4, 2, 1};              // the passes in the order in which `join` takes lanes
+  // bf16 products by columns: a pass takes four pairs of a step, two values in a word.
+  struct Column {
+    uint32_t v[4];
+  };
+  static constexpr int kColumnStep = 32, kColumnTile = 6,
+                       kColumnVectors = 4;  // with two vectors of weights, 24 sums in 32 registers
+  static constexpr int kJoinFirst = 2;      // `sum` joins lanes k and k + 8, then k and k + 4
   static void to_columns(const float* x, Column* c) { pack32(x, c); }
-  // c[j] = values at + 2 j and at + 2 j + 1 of 16 rows.
+  // c[j] = values at + 8 j to at + 8 j + 7 of 4 rows.
   static void columns(const uint16_t* const* rows, int64_t at, I* c) {
-    I x[16], y[16];
-    for (int i = 0; i < 16; i += 2) {
-      const I a = load_i(rows[i] + at), b = load_i(rows[i + 1] + at);
-      y[i] = _mm512_unpacklo_epi32(a, b);
-      y[i + 1] = _mm512_unpackhi_epi32(a, b);
-    }
-    for (int i = 0; i < 16; i += 4)
-      for (int j = 0; j < 2; ++j) {
-        x[i + 2 * j] = _mm512_unpacklo_epi64(y[i + j], y[i + j + 2]);
-        x[i + 2 * j + 1] = _mm512_unpackhi_epi64(y[i + j], y[i + j + 2]);
-      }
-    // Group g of x[4 i + j] now is word 4 g + j of rows 4 i to 4 i + 3.
-    for (int j = 0; j < 4; ++j) {
-      const I even0 = _mm512_shuffle_i32x4(x[j], x[j + 4], 0x88),
-              even1 = _mm512_shuffle_i32x4(x[j + 8], x[j + 12], 0x88);
-      const I odd0 = _mm512_shuffle_i32x4(x[j], x[j + 4], 0xdd), odd1 = _mm512_shuffle_i32x4(x[j + 8], x[j + 12], 0xdd);
-      c[j] = _mm512_shuffle_i32x4(even0, even1, 0x88);
-      c[j + 4] = _mm512_shuffle_i32x4(odd0, odd1, 0x88);
-      c[j + 8] = _mm512_shuffle_i32x4(even0, even1, 0xdd);
-      c[j + 12] = _mm512_shuffle_i32x4(odd0, odd1, 0xdd);
-    }
+    const I x0 = load_i(rows[0] + at), x1 = load_i(rows[1] + at), x2 = load_i(rows[2] + at), x3 = load_i(rows[3] + at);
+    const I low0 = _mm512_shuffle_i32x4(x0, x1, 0x44), low1 = _mm512_shuffle_i32x4(x2, x3, 0x44);
+    const I high0 = _mm512_shuffle_i32x4(x0, x1, 0xee), high1 = _mm512_shuffle_i32x4(x2, x3, 0xee);
+    c[0] = _mm512_shuffle_i32x4(low0, low1, 0x88);
+    c[1] = _mm512_shuffle_i32x4(low0, low1, 0xdd);
+    c[2] = _mm512_shuffle_i32x4(high0, high1, 0x88);
+    c[3] = _mm512_shuffle_i32x4(high0, high1, 0xdd);
   }
   using Part = I;
   template <int>
   static Part part(const uint32_t* p) {
     return load_i(p);
   }
-  static F dot_column(Part w, Column x, F sum) {
-    return _mm512_dpbf16_ps(sum, as_bf16(w), as_bf16(set_i(static_cast<int32_t>(x))));
+  static Part four(const Column& x) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x.v)));
+  }
+  static F dot_column(Part w, Part x, F sum) { return _mm512_dpbf16_ps(sum, as_bf16(w), as_bf16(x)); }
+  // Lane 4 g + q: lanes 4 g to 4 g + 3 of v[q] joined as `sum` does.
+  static F join4(const F* v) {
+    const F w0 = add(_mm512_shuffle_ps(v[0], v[1], 0x44), _mm512_shuffle_ps(v[0], v[1], 0xee));
+    const F w1 = add(_mm512_shuffle_ps(v[2], v[3], 0x44), _mm512_shuffle_ps(v[2], v[3], 0xee));
+    return add(_mm512_shuffle_ps(w0, w1, 0x88), _mm512_shuffle_ps(w0, w1, 0xdd));
   }
 
   // bf16 pairs: a = even elements, b = odd elements of 32 values.

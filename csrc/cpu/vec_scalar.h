@@ -288,27 +288,42 @@ struct V {
   // 32 floats to packed form
   static void pack32(const float* x, void* out) { std::memcpy(out, x, 32 * sizeof(float)); }
 
-  // bf16 products by columns: each of 8 passes takes the first values of its words, and another one the second ones.
-  using Column = float;
-  static constexpr int kColumnStep = 16, kColumnTile = 4;
-  static constexpr int kTree[] = {8, 4, 2, 1};  // the passes in the order in which `close` joins what they are there
+  // bf16 products by columns: each of 2 passes takes the first values of a row's quarter, and another one the last ones.
+  struct Column {
+    float v[4];
+  };
+  static constexpr int kColumnStep = 16, kColumnTile = 4, kColumnVectors = 2;
+  static constexpr int kJoinFirst = 2;  // `close` joins sums k and k + 8, then k and k + 4
   static void to_columns(const float* x, Column* c) { std::memcpy(c, x, kColumnStep * sizeof(float)); }
-  // c[j] = values at + 2 j and at + 2 j + 1 of 8 rows.
+  // c[j] = values at + 8 j to at + 8 j + 7 of 2 rows.
   static void columns(const uint16_t* const* rows, int64_t at, I* c) {
-    for (int j = 0; j < kColumnStep / 2; ++j) GEMMA_EACH std::memcpy(&c[j].v[i], rows[i] + at + 2 * j, sizeof(int32_t));
+    for (int j = 0; j < 2; ++j)
+      for (int r = 0; r < 2; ++r) std::memcpy(&c[j].v[4 * r], rows[r] + at + 8 * j, 4 * sizeof(int32_t));
   }
   using Part = F;
   template <int PART>
   static Part part(const uint32_t* p) {
+    uint16_t all[16];
+    std::memcpy(all, p, sizeof(all));
+    F r;
+    GEMMA_EACH r.v[i] = bf16_to_float(all[i / 4 * 8 + PART * 4 + i % 4]);
+    return r;
+  }
+  static Part four(const Column& x) {
+    F r;
+    GEMMA_EACH r.v[i] = x.v[i % 4];
+    return r;
+  }
+  static F dot_column(const Part& w, const Part& x, const F& sum) { return fma(w, x, sum); }
+  // Lane 4 g + q: lanes 4 g to 4 g + 3 of v[q] joined as `sum` does.
+  static F join4(const F* v) {
     F r;
     GEMMA_EACH {
-      uint16_t both[2];
-      std::memcpy(both, p + i, sizeof(both));
-      r.v[i] = bf16_to_float(both[PART]);
+      const float* x = v[i % 4].v + i / 4 * 4;
+      r.v[i] = (x[0] + x[2]) + (x[1] + x[3]);
     }
     return r;
   }
-  static F dot_column(const Part& w, Column x, const F& sum) { return fma(w, set(x), sum); }
 
   // bf16 pairs: a = even elements, b = odd elements of 16 values.
   static void load_pairs(const uint16_t* p, F& a, F& b) {

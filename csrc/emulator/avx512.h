@@ -192,6 +192,10 @@ inline V shuffle_groups(V x, V y, int order) {
   return vector<V>(r);
 }
 inline __m512 _mm512_shuffle_f32x4(__m512 x, __m512 y, int order) { return shuffle_groups<float>(x, y, order); }
+inline __m512i _mm512_broadcast_i32x4(__m128i x) {
+  const __m256i both = _mm256_broadcastsi128_si256(x);
+  return {both, both};
+}
 inline __m512i _mm512_shuffle_i32x4(__m512i x, __m512i y, int order) { return shuffle_groups<int32_t>(x, y, order); }
 inline __m512 _mm512_permutexvar_ps(__m512i order, __m512 x) {
   const auto o = lanes<int32_t>(order);
