@@ -34,21 +34,26 @@ inline int64_t tile_at(int64_t t, int64_t m, int64_t tiles) { return m * t / til
 inline int64_t tiles_of(int64_t m) { return (m + kTileRows - 1) / kTileRows; }
 
 // Activations lie as [chunk of rows][span][pass][tile][step][row of the tile], in the order in which they are read.
-void pack_columns(const float* x, int64_t at, int64_t count, int64_t k, V::Column* out, int64_t row, int64_t rows) {
-  const int64_t chunk = row / kActChunk * kActChunk, r = row - chunk;
-  const int64_t m = rows - chunk < kActChunk ? rows - chunk : kActChunk, tiles = tiles_of(m);
-  const int64_t t = ((r + 1) * tiles + m - 1) / m - 1;  // the last that begins at r or before
-  const int64_t first = tile_at(t, m, tiles), width = tile_at(t + 1, m, tiles) - first;
-  for (int64_t i = at; i < at + count; i += kColumnStep, x += kColumnStep) {
-    float rest[kColumnStep] = {};  // the last step, padded with zeros
-    const bool whole = i + kColumnStep <= at + count;
-    for (int64_t j = 0; !whole && i + j < at + count; ++j) rest[j] = x[j];
-    V::Column c[kPasses];
-    V::to_columns(whole ? x : rest, c);
-    const int64_t from = i / kColumnSpan * kColumnSpan, steps = steps_of(span_at(from, k));
-    V::Column* o = out + chunk * steps_of(k) * kPasses + from / kColumnStep * kPasses * m + steps * first +
-                   (i - from) / kColumnStep * width + r - first;
-    for (int j = 0; j < kPasses; ++j, o += steps * m) *o = c[j];
+void pack_columns(const float* x, int64_t ldx, int n, int64_t at, int64_t count, int64_t k, V::Column* out, int64_t row,
+                  int64_t rows) {
+  const int64_t end = row + n;
+  while (row < end) {
+    const int64_t chunk = row / kActChunk * kActChunk;
+    const int64_t m = rows - chunk < kActChunk ? rows - chunk : kActChunk, tiles = tiles_of(m);
+    const int64_t t = ((row - chunk + 1) * tiles + m - 1) / m - 1;  // the last that begins at this row or before
+    const int64_t first = chunk + tile_at(t, m, tiles), last = chunk + tile_at(t + 1, m, tiles);
+    for (; row < end && row < last; ++row, x += ldx)
+      for (int64_t i = 0; i < count; i += kColumnStep) {
+        float rest[kColumnStep] = {};  // the last step, padded with zeros
+        const bool whole = i + kColumnStep <= count;
+        for (int64_t j = 0; !whole && i + j < count; ++j) rest[j] = x[i + j];
+        V::Column c[kPasses];
+        V::to_columns(whole ? x + i : rest, c);
+        const int64_t from = (at + i) / kColumnSpan * kColumnSpan, steps = steps_of(span_at(from, k));
+        V::Column* o = out + chunk * steps_of(k) * kPasses + from / kColumnStep * kPasses * m +
+                       steps * (first - chunk) + (at + i - from) / kColumnStep * (last - first) + row - first;
+        for (int j = 0; j < kPasses; ++j, o += steps * m) *o = c[j];
+      }
   }
 }
 
@@ -88,10 +93,10 @@ struct Ahead {
 constexpr int64_t kAheadBytes = 6144;
 
 // sum[M][kPasses][kVectors][W] (+)= one pass of a span for a tile and kTileVectors vectors, `stride` words apart. PART: which part of the
-// words the pass takes. ROWS: those of `ahead`.
+// words the pass takes. ROWS: those of `ahead`. The last pass of all is joined with the others.
 template <int M, int PART, int ROWS>
-inline void column_tile(const uint32_t* w, int64_t stride, const V::Column* x, int64_t steps, bool start, Ahead ahead,
-                        float* sum) {
+inline void column_tile(const uint32_t* w, int64_t stride, const V::Column* x, int64_t steps, bool start, bool last,
+                        Ahead ahead, float* sum) {
   constexpr int N = kTileVectors, kSums = M * N;
   auto at = [&](int i) { return sum + (i / N * kPasses * kVectors + i % N) * W; };
   F a[kSums];
@@ -109,17 +114,23 @@ inline void column_tile(const uint32_t* w, int64_t stride, const V::Column* x, i
     GEMMA_UNROLL(24)
     for (int i = 0; i < kSums; ++i) a[i] = V::dot_column(part[i % N], V::four(x[i / N]), a[i]);
   }
+  if (last) {
+    auto pass = [&](int j, int i) { return V::load(at(i) - (kPasses - 1 - j) * kVectors * W); };
+    GEMMA_UNROLL(24)
+    for (int i = 0; i < kSums; ++i)
+      a[i] = V::add(V::add(pass(0, i), pass(V::kJoinFirst, i)), V::add(pass(3 - V::kJoinFirst, i), a[i]));
+  }
   GEMMA_UNROLL(24)
   for (int i = 0; i < kSums; ++i) V::store(at(i), a[i]);
 }
 
 template <int M, int ROWS>
 inline void column_tile(int64_t m, int part, const uint32_t* w, int64_t stride, const V::Column* x, int64_t steps,
-                        bool start, Ahead ahead, float* sum) {
+                        bool start, bool last, Ahead ahead, float* sum) {
   if constexpr (M > 1)
-    if (m < M) return column_tile<M - 1, ROWS>(m, part, w, stride, x, steps, start, ahead, sum);
-  part ? column_tile<M, kShared - 1, ROWS>(w, stride, x, steps, start, ahead, sum)
-       : column_tile<M, 0, ROWS>(w, stride, x, steps, start, ahead, sum);
+    if (m < M) return column_tile<M - 1, ROWS>(m, part, w, stride, x, steps, start, last, ahead, sum);
+  part ? column_tile<M, kShared - 1, ROWS>(w, stride, x, steps, start, last, ahead, sum)
+       : column_tile<M, 0, ROWS>(w, stride, x, steps, start, last, ahead, sum);
 }
 
 // As `bf16` of kernels.h.
@@ -154,17 +165,14 @@ inline void bf16_columns(const uint16_t* w, int64_t ldw, int rows, int64_t k, co
                               : wanted == 2 ? column_tile<kTileRows, 2>
                                             : column_tile<kTileRows, 4>;
             tile(width, j % kShared, packed + (v * kWords + j / kShared) * stream, kWords * stream, x + row * steps,
-                 steps, from == 0, ahead, sums[row][j][v]);
+                 steps, from == 0, j == kPasses - 1 && from + count == k, ahead, sums[row][j][v]);
           }
       if (n > kActChunk) packed += kVectors * kWords * stream;  // else no other chunk will ask for them
     }
     for (int i = 0; i < m; ++i)
       for (int h = 0; h * W < group_rows; ++h) {
         F u[4];
-        for (int q = 0; q < 4; ++q) {
-          auto pass = [&](int j) { return V::load(sums[i][j][4 * h + q]); };
-          u[q] = V::add(V::add(pass(0), pass(V::kJoinFirst)), V::add(pass(3 - V::kJoinFirst), pass(3)));
-        }
+        for (int q = 0; q < 4; ++q) u[q] = V::load(sums[i][kPasses - 1][4 * h + q]);
         V::store_n(out + i * ldo + g + h * W, V::join4(u), group_rows - h * W);
       }
   }

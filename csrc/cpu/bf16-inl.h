@@ -14,15 +14,18 @@ constexpr int kStep = V::kBf16Step;
 
 int64_t pack_bytes(int64_t k) { return (k + 31) / 32 * 32 * V::kPackedSize; }
 
-void pack(const float* x, int64_t at, int64_t count, int64_t k, void* out, int64_t row, int64_t rows) {
-  if (rows > kFewRows) return pack_columns(x, at, count, k, static_cast<V::Column*>(out), row, rows);
-  uint8_t* o = static_cast<uint8_t*>(out) + row * pack_bytes(k) + at * V::kPackedSize;
-  int64_t i = 0;
-  for (; i + 32 <= count; i += 32) V::pack32(x + i, o + i * V::kPackedSize);
-  if (i == count) return;
-  float rest[32] = {};
-  for (int64_t j = 0; i + j < count; ++j) rest[j] = x[i + j];
-  V::pack32(rest, o + i * V::kPackedSize);
+void pack(const float* x, int64_t ldx, int n, int64_t at, int64_t count, int64_t k, void* out, int64_t row,
+          int64_t rows) {
+  if (rows > kFewRows) return pack_columns(x, ldx, n, at, count, k, static_cast<V::Column*>(out), row, rows);
+  for (const int64_t end = row + n; row < end; ++row, x += ldx) {
+    uint8_t* o = static_cast<uint8_t*>(out) + row * pack_bytes(k) + at * V::kPackedSize;
+    int64_t i = 0;
+    for (; i + 32 <= count; i += 32) V::pack32(x + i, o + i * V::kPackedSize);
+    if (i == count) continue;
+    float rest[32] = {};
+    for (int64_t j = 0; i + j < count; ++j) rest[j] = x[i + j];
+    V::pack32(rest, o + i * V::kPackedSize);
+  }
 }
 
 // Adds K values [from, to) to the sums of R weight rows, ldw apart, and M packed activation rows; `from` 0 starts them. `tail`: the

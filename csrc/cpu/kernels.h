@@ -62,9 +62,10 @@ struct Kernels {
   // n rows of k floats, ldx apart (the last block padded with zeros), into slots [0, n) of a chunk of `rows` rows. A block whose
   // largest value is too small to divide by becomes zeros; one with a value that is not finite becomes zeros times NaN.
   void (*quantize)(const float* x, int64_t ldx, int n, int64_t k, bool fine, int8_t* q, ActScale* scale, int rows);
-  // Values [at, at + count) of a row of k floats into slot `row` of the `rows` rows that `bf16` reads: pack_bytes(k) bytes each,
-  // padded with zeros. `at` is a multiple of 32, and so is `count` unless the row ends there.
-  void (*pack)(const float* x, int64_t at, int64_t count, int64_t k, void* out, int64_t row, int64_t rows);
+  // Values [at, at + count) of n rows of k floats, which lie in x, ldx apart, into slots [row, row + n) of the `rows` rows that `bf16`
+  // reads: pack_bytes(k) bytes each, padded with zeros. `at` is a multiple of 32, and so is `count` unless the rows end there.
+  void (*pack)(const float* x, int64_t ldx, int n, int64_t at, int64_t count, int64_t k, void* out, int64_t row,
+               int64_t rows);
   int64_t (*pack_bytes)(int64_t k);
 
   // tile[row][32] = one panel of weights times a chunk of activations over `count` blocks along K from `first` on, where `acts`

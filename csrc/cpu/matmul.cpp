@@ -94,7 +94,7 @@ void Activations::put(const Kernels& kernels, int64_t at, int64_t count, int64_t
     kernels.quantize(x, ldx, m, count, fine_, const_cast<int8_t*>(c.q) + slot * kBlock,
                      const_cast<ActScale*>(c.scale) + slot, c.rows);
   }
-  for (int i = 0; bf16_ && i < m; ++i) kernels.pack(x + i * ldx, at, count, k_, packed_.data(), first + i, n);
+  if (bf16_) kernels.pack(x, ldx, m, at, count, k_, packed_.data(), first, n);
 }
 
 QuantActs Activations::chunk(int64_t first, int64_t block) const {
