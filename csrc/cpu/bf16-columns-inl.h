@@ -88,6 +88,7 @@ struct Ahead {
   const uint16_t* row;
   int64_t apart;
 };
+constexpr int kMostAhead = kGroup * kTileVectors / (kPasses * kVectors);  // 1 or 4
 
 // Bytes of activations that are asked for into L1 ahead: a pass of a tile. A chunk of them lies in L2 or further away.
 constexpr int64_t kAheadBytes = 6144;
@@ -133,6 +134,13 @@ inline void column_tile(int64_t m, int part, const uint32_t* w, int64_t stride, 
        : column_tile<M, 0, ROWS>(w, stride, x, steps, start, last, ahead, sum);
 }
 
+template <int ROWS>
+inline auto tile_for(int64_t wanted) {
+  if constexpr (ROWS > 0)
+    if (wanted < ROWS) return tile_for<ROWS / 2>(wanted);
+  return column_tile<kTileRows, ROWS>;
+}
+
 // As `bf16` of kernels.h.
 inline void bf16_columns(const uint16_t* w, int64_t ldw, int rows, int64_t k, const V::Column* acts, int64_t first,
                          int m, int64_t n, const uint16_t* next, uint32_t* packed, bool again, float* out,
@@ -159,13 +167,10 @@ inline void bf16_columns(const uint16_t* w, int64_t ldw, int rows, int64_t k, co
           for (int64_t t = 0; t < tiles; ++t, ++call) {
             const int64_t row = tile_at(t, m, tiles), width = tile_at(t + 1, m, tiles) - row;
             const int64_t asked = call * kGroup / calls, wanted = soon ? (call + 1) * kGroup / calls - asked : 0;
-            const Ahead ahead = {soon + asked * ldw, ldw};
-            const auto tile = wanted == 0   ? column_tile<kTileRows, 0>
-                              : wanted == 1 ? column_tile<kTileRows, 1>
-                              : wanted == 2 ? column_tile<kTileRows, 2>
-                                            : column_tile<kTileRows, 4>;
-            tile(width, j % kShared, packed + (v * kWords + j / kShared) * stream, kWords * stream, x + row * steps,
-                 steps, from == 0, j == kPasses - 1 && from + count == k, ahead, sums[row][j][v]);
+            const Ahead ahead = {soon ? soon + asked * ldw : nullptr, ldw};
+            tile_for<kMostAhead>(wanted)(width, j % kShared, packed + (v * kWords + j / kShared) * stream,
+                                         kWords * stream, x + row * steps, steps, from == 0,
+                                         j == kPasses - 1 && from + count == k, ahead, sums[row][j][v]);
           }
       if (n > kActChunk) packed += kVectors * kWords * stream;  // else no other chunk will ask for them
     }

@@ -107,11 +107,11 @@ namespace {
 
 int64_t panels_of(const CpuMatrix& w) { return (w.rows + kPanel - 1) / kPanel; }
 
-// Panels a work item, for `bytes` of weights in `panels` panels: long runs keep the memory streaming, but every thread should
-// get several. Several rows of activations ask for a panel while they meet the one before, but not across items.
-int64_t grain_of(const ThreadPool& pool, const Activations& x, size_t bytes, int64_t panels) {
+// Panels a work item, for `bytes` of weights in `panels` panels: long runs keep the memory streaming, since what is asked for beyond
+// an item's end comes in vain, but every thread should get several.
+int64_t grain_of(const ThreadPool& pool, size_t bytes, int64_t panels) {
   const size_t share = bytes / (8 * static_cast<size_t>(pool.size()));
-  const size_t item = std::clamp<size_t>(share, 16u << 10, x.bf16() && x.n > 1 ? 1u << 20 : 256u << 10);
+  const size_t item = std::clamp<size_t>(share, 16u << 10, 1u << 20);
   return std::max<int64_t>(1, static_cast<int64_t>(item * static_cast<size_t>(panels) / bytes));
 }
 
@@ -169,7 +169,7 @@ void each_product(const Kernels& kernels, ThreadPool& pool, const Activations& x
   constexpr size_t kCache = 8u << 20;
   const int64_t sweep = std::max<int64_t>(1, static_cast<int64_t>(kCache / x.row_bytes()) / kActChunk) * kActChunk;
   const int64_t grain =
-      std::max(grain_of(pool, x, bytes, total), std::min<int64_t>(group / each, total / (4 * pool.size())));
+      std::max(grain_of(pool, bytes, total), std::min<int64_t>(group / each, total / (4 * pool.size())));
   for (int64_t from = 0; from < x.n; from += sweep)
     pool.parallel_for(total, grain, [&](int64_t begin, int64_t end, int) {
       alignas(64) float tiles[kGroup * kTile];
