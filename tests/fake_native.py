@@ -51,7 +51,7 @@ class Cache:
         return len(self.tokens)
 
     def truncate(self, n: int) -> None:
-        if not self.length - self.reach <= n <= self.length:
+        if n and not self.length - self.reach <= n <= self.length:
             raise ValueError(f"truncate: {n} of {self.length}")
         del self.tokens[n:]
 

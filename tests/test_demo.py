@@ -65,3 +65,18 @@ def test_next_tokens(gemma: Gemma) -> None:
         sure.append(hit[GOLDEN[f"{name}_margin"] > 1.5])
     assert np.concatenate(same).mean() >= 0.97
     assert np.concatenate(sure).all()
+
+
+def test_a_second_question_on_a_text(gemma: Gemma) -> None:
+    """Past the sliding window (512 tokens), and read from where it differs: what a whole reading gives."""
+    text = "".join((HERE / "data" / f"{name}.txt").read_text(encoding="utf-8") for name in TEXTS)
+    ids = gemma.tokenizer.encode(text)[:900]
+    gemma.generate(ids + gemma.tokenizer.encode("\nIn short:", bos=False), max_tokens=8, temperature=0)
+    question = ids + gemma.tokenizer.encode("\nThe title:", bos=False)
+    again = gemma.generate(question, max_tokens=8, temperature=0, logprobs=0)
+    gemma.reset()
+    whole = gemma.generate(question, max_tokens=8, temperature=0, logprobs=0)
+    assert again.tokens == whole.tokens
+    assert again.logprobs == whole.logprobs
+    assert again.timings["prefill_tokens"] < 10
+    assert whole.timings["prefill_tokens"] == len(question)

@@ -8,14 +8,11 @@ Gemma 1 and 2 too, whose templates would refuse it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .gemma import Gemma, Stream
 from .sampling import SamplingParams, make_params
-from .sequence import Completion, Running
-
-if TYPE_CHECKING:
-    from ._native import Cache
+from .sequence import Completion, Prefix, Running
 
 
 class Chat:
@@ -37,9 +34,8 @@ class Chat:
     def reset(self) -> None:
         """Forgets the conversation; the system text stays."""
         self.messages: list[tuple[str, str]] = []
-        self._tokens: list[int] = []  # the conversation so far; the cache holds a beginning of it
-        self._cache: Cache | None = None
-        self._cached: list[int] = []  # what the cache holds
+        self._tokens: list[int] = []  # the conversation so far
+        self._prefix: Prefix | None = None
         self._open: ChatStream | None = None
 
     def send(self, text: str, params: SamplingParams | None = None, **settings: Any) -> Completion:
@@ -65,11 +61,9 @@ class Chat:
             said = f"{self._system}\n\n{said}"
         prompt = self._tokens or [gemma.config.bos_token_id]
         prompt = gemma._ids([*prompt, *self._turn_tokens("user", said), self._turn, *self._encode("model\n")])
-        self._rewind(prompt)
-        if self._cache is None:
-            self._cache = gemma.model.new_cache(gemma._context)
+        cache = self._prefix.rewind(prompt) if self._prefix else gemma.model.new_cache(gemma._context)
         ends = gemma._ends(chosen) | {self._end}
-        sequence = Running(prompt, chosen, 0, self._cache, gemma.tokenizer, ends)
+        sequence = Running(prompt, chosen, 0, cache, gemma.tokenizer, ends)
         self._open = ChatStream(self, text, sequence)
         return self._open
 
@@ -79,27 +73,11 @@ class Chat:
     def _turn_tokens(self, role: str, text: str) -> list[int]:
         return [self._turn, *self._encode(f"{role}\n{text}"), self._end, *self._encode("\n")]
 
-    def _rewind(self, prompt: list[int]) -> None:
-        """Makes the cache a beginning of `prompt`: usually it is one, but an answer may have been cut or given up."""
-        if self._cache is None:
-            return
-        same = 0
-        for a, b in zip(prompt[:-1], self._cached, strict=False):
-            if a != b:
-                break
-            same += 1
-        if same < self._cache.length:
-            try:
-                self._cache.truncate(same)
-            except ValueError:  # sliding layers no longer hold that far back: everything is read again
-                self._cache = None
-
     def _close_turn(self, text: str, sequence: Running) -> None:
         """The answer is over: it becomes history, unless not even its prompt was read."""
         self._open = None
-        length = sequence.cache.length if sequence.cache is not None else 0
-        self._cached = [*sequence.prompt, *sequence.tokens][:length]
-        if length < len(sequence.prompt):
+        self._prefix = sequence.prefix()
+        if sequence.cache is None or sequence.cache.length < len(sequence.prompt):
             return
         answer = sequence.text.text if sequence.text is not None else ""
         said = self._encode(answer) if sequence.cut else sequence.tokens  # without what a stop string took away

@@ -301,7 +301,7 @@ def _stats(results: Sequence[Any], gemma: Gemma) -> str:
     prompt, tokens, prefill_s, decode_s, decoded = _totals(results)
     parts = [f"prompt {prompt} tokens"]
     if prefill_s > 0:
-        parts[-1] += f", {prompt / prefill_s:.1f} tokens/s"
+        parts[-1] += f", {sum(r.timings['prefill_tokens'] for r in results) / prefill_s:.1f} tokens/s"
     parts.append(f"generated {tokens} tokens" + (f", {decoded / decode_s:.1f} tokens/s" if decode_s > 0 else ""))
     model = gemma.model
     return "; ".join(parts) + f" ({model.device}, {model.isa}, {model.threads} threads)"

@@ -12,7 +12,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -23,7 +23,7 @@ from . import _native
 from .checkpoint import Progress
 from .config import Config
 from .sampling import SamplingParams, is_integer, make_params
-from .sequence import Completion, Rows, Running
+from .sequence import Completion, Prefix, Rows, Running
 from .speculation import Guesses
 from .weights import open_checkpoint
 
@@ -128,7 +128,10 @@ class Gemma:
         self._chat_template = chat_template
         self._loaded_with = loaded_with
         self._context = context
+        # Whether a token's logits are the same however the tokens so far were split into passes.
+        self._split_keeps_bits = model.device == "cpu" or bool(loaded_with.get("deterministic"))
         self._running: set[_native.CancelFlag] = set()
+        self._kept: deque[Prefix] = deque(maxlen=1)  # of the last prompt; its methods are atomic
         self._warned = False
         self._counted = False  # the vocabulary's size was compared with the embedding's
 
@@ -256,6 +259,11 @@ class Gemma:
         """Stops what runs and gives the memory back. Later calls raise RuntimeError."""
         self.cancel()
         self._model = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Gives back the memory of the last prompt's KV cache, which is kept for a next prompt that begins alike."""
+        self._kept.clear()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reload, (self._loaded_with,)
@@ -278,10 +286,18 @@ class Gemma:
     def _steps(self, sequences: list[Running], flag: _native.CancelFlag) -> Generator[list[str], None, None]:
         """Runs sequences to their ends, at most MAX_BATCH at once; after each step yields the text that it gave each of
         those. Prompts are appended to the caches as far as they are not there yet."""
-        model = self.model
         waiting = deque(sequences)
+        own = [s for s in sequences if s.cache is None]
+        try:
+            for pieces in self._run(waiting, flag):
+                self._give_back(own, waiting)
+                yield pieces
+        finally:
+            self._give_back(own, waiting)
+
+    def _run(self, waiting: deque[Running], flag: _native.CancelFlag) -> Iterator[list[str]]:
+        model = self.model
         live: list[Running] = []
-        own = {id(s) for s in sequences if s.cache is None}
         while True:
             while waiting and len(live) < MAX_BATCH and self._start(waiting[0]):
                 live.append(waiting.popleft())
@@ -290,8 +306,6 @@ class Gemma:
             if len(live) == 1 and not waiting and live[0].tokens and (guesses := self._guesses(live[0])):
                 yield [self._checked_step(live[0], guesses, flag)]
                 if live[0].finish_reason:
-                    if id(live[0]) in own:
-                        live[0].cache = None
                     return
                 continue
             tokens, caches = [], []
@@ -312,10 +326,6 @@ class Gemma:
                 yield [s.end("cancelled") for s in [*live, *waiting]]
                 return
             yield [s.take(rows, i, began) for i, s in enumerate(live)]
-            cloned = {id(s.first) for s in waiting}
-            for s in sequences:
-                if s.finish_reason and id(s) in own and id(s) not in cloned:
-                    s.cache = None
             live = [s for s in live if not s.finish_reason]
 
     def _wanted(self, live: list[Running], guesses: Sequence[int] = ()) -> dict[str, Any]:
@@ -334,12 +344,8 @@ class Gemma:
         return {"top_k": k, "also": also} if len(also) else {"top_k": k}
 
     def _guesses(self, s: Running) -> Guesses | None:
-        """None unless they are wanted, and a pass of several rows has the bits of single steps."""
-        if (
-            s.guesses is None
-            and s.params.speculate
-            and (self.model.device == "cpu" or self._loaded_with["deterministic"])
-        ):
+        """None unless they are wanted, and cost no bits."""
+        if s.guesses is None and s.params.speculate and self._split_keeps_bits:
             s.guesses = Guesses([*s.prompt, *s.tokens])
         return s.guesses
 
@@ -360,17 +366,19 @@ class Gemma:
         except _native.Cancelled:
             cache.truncate(start)
             return s.end("cancelled")
-        step, pieces, right = time.perf_counter() - began, [], 0
-        for row, guess in enumerate([*tried, None]):
-            pieces.append(s.take(rows, row, began))
-            began = time.perf_counter()
-            if s.finish_reason:
-                break
-            guesses.add(s.tokens[-1])
-            if s.tokens[-1] != guess:
-                break
-            right += 1
-        cache.truncate(start + row + 1)
+        step, pieces, right, row = time.perf_counter() - began, [], 0, 0
+        try:
+            for row, guess in enumerate([*tried, None]):
+                pieces.append(s.take(rows, row, began))
+                began = time.perf_counter()
+                if s.finish_reason:
+                    break
+                guesses.add(s.tokens[-1])
+                if s.tokens[-1] != guess:
+                    break
+                right += 1
+        finally:
+            cache.truncate(start + row + 1)
         guesses.took(step, len(tried), right)
         return "".join(pieces)
 
@@ -378,8 +386,6 @@ class Gemma:
         """Gives a sequence its cache. False: it has to wait until the first of its prompt has read the prompt."""
         if s.cache is not None:
             return True
-        # Memory on a GPU is taken at once: no more than this sequence can use.
-        capacity = min(self._context, len(s.prompt) + s.params.max_tokens)
         if s.first is not s:
             source = s.first.cache
             assert source is not None
@@ -389,11 +395,32 @@ class Gemma:
             try:  # the last token again, for its logits
                 cache.truncate(len(s.prompt) - 1)
             except ValueError:  # sliding layers no longer hold that far back
-                cache = self.model.new_cache(capacity)
+                cache.truncate(0)
             s.cache = cache
         else:
-            s.cache = self.model.new_cache(capacity)
+            s.cache = self._cache(s)
         return True
+
+    def _cache(self, s: Running) -> _native.Cache:
+        """That of the last prompt, cut to what both begin with, or an empty one."""
+        # Memory on a GPU is taken at once: no more than this sequence can use.
+        needed = min(self._context, len(s.prompt) + s.params.max_tokens)
+        try:
+            prefix = self._kept.pop()
+        except IndexError:
+            prefix = None
+        if prefix is not None and prefix.cache.capacity >= needed:
+            return prefix.rewind(s.prompt)
+        return self.model.new_cache(self._context if self.model.device == "cpu" else needed)
+
+    def _give_back(self, own: list[Running], waiting: Iterable[Running]) -> None:
+        """Takes the caches of sequences that have ended, unless one that waits will clone it, and keeps the last."""
+        cloned = {id(s.first) for s in waiting}
+        for s in own:
+            if s.finish_reason and id(s) not in cloned and (prefix := s.prefix()):
+                s.cache = None
+                if self._model is not None and self._split_keeps_bits:
+                    self._kept.append(prefix)
 
     # --- prompts ---
 

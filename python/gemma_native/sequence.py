@@ -25,7 +25,8 @@ class Completion:
     tokens: list[int]  # without the token that ended it
     finish_reason: str  # "stop" | "length" | "cancelled"
     prompt_tokens: int
-    # prefill_s, decode_s, first_token_s, prefill_tokens_per_s, decode_tokens_per_s; with speculate: guessed, guessed_right (tokens)
+    # prefill_tokens (of the prompt, those that were not in the cache yet), prefill_s, decode_s, first_token_s,
+    # prefill_tokens_per_s, decode_tokens_per_s; with speculate: guessed, guessed_right (tokens)
     timings: dict[str, float]
     logprobs: list[TokenLogprob] | None = None  # one a token, where they were asked for
     _text: str | None = None
@@ -96,6 +97,27 @@ class Rows:
         return cls(results[1], results[0], wanted.get("also"), results[2] if "also" in wanted else None)
 
 
+class Prefix:
+    """A cache and the tokens that it holds: a prompt that begins like them need not be read from its beginning."""
+
+    def __init__(self, cache: _native.Cache, tokens: list[int]) -> None:
+        self.cache = cache
+        self._tokens = tokens
+
+    def rewind(self, prompt: list[int]) -> _native.Cache:
+        """The cache, cut to what it shares with `prompt`; without the last token, which is computed for its logits."""
+        same = 0
+        for a, b in zip(prompt[:-1], self._tokens, strict=False):
+            if a != b:
+                break
+            same += 1
+        try:
+            self.cache.truncate(same)
+        except ValueError:  # sliding layers no longer hold that far back: everything is read again
+            self.cache.truncate(0)
+        return self.cache
+
+
 class Running:
     """One running continuation."""
 
@@ -157,9 +179,16 @@ class Running:
         self.finish_reason = reason
         return self.text.finish() if self.text is not None else ""
 
+    def prefix(self) -> Prefix | None:
+        """What its cache holds."""
+        if self.cache is None:
+            return None
+        return Prefix(self.cache, [*self.prompt, *self.tokens][: self.cache.length])
+
     def result(self) -> Completion:
         prefill, decode = self.prefill_s, self.decode_s
         timings = {
+            "prefill_tokens": self.read,
             "prefill_s": prefill,
             "decode_s": decode,
             "first_token_s": self.first_s,
