@@ -47,7 +47,8 @@ struct KvStore {
   virtual ~KvStore() = default;
   virtual void reserve(int64_t length) = 0;  // commits memory for positions [0, length)
   virtual size_t bytes() const = 0;
-  virtual std::unique_ptr<KvStore> clone() const = 0;
+  // A copy of positions [0, length), or of all. `high`: how far rings have been written.
+  virtual std::unique_ptr<KvStore> clone(int64_t length, int64_t high) const = 0;
 };
 
 struct KvShape {

@@ -380,8 +380,11 @@ PYBIND11_MODULE(_native, m) {
       .def_property_readonly(
           "nbytes", [](const PyCache& c) { return c.cache->bytes(); }, "Memory committed so far.")
       .def(
-          "truncate", [](PyCache& c, int64_t n) { run(*c.owner, nullptr, [&](const Poll&) { c.cache->truncate(n); }); },
-          py::arg("n"),
+          "truncate",
+          [](PyCache& c, int64_t n, const CancelFlag* cancel) {
+            run(*c.owner, cancel, [&](const Poll&) { c.cache->truncate(n); });
+          },
+          py::arg("n"), py::kw_only(), py::arg("cancel") = nullptr,
           "Keep the first n positions. Raises ValueError when a sliding layer no longer holds what position n would "
           "see.")
       .def("clone", [](PyCache& c) {

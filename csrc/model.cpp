@@ -25,7 +25,7 @@ void Cache::truncate(int64_t n) {
 }
 
 std::unique_ptr<Cache> Cache::clone() const {
-  auto copy = std::make_unique<Cache>(owner_, store_->clone(), capacity_, ring_, window_);
+  auto copy = std::make_unique<Cache>(owner_, store_->clone(length_, high_), capacity_, ring_, window_);
   copy->length_ = length_;
   copy->high_ = high_;
   return copy;

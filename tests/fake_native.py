@@ -50,7 +50,9 @@ class Cache:
     def length(self) -> int:
         return len(self.tokens)
 
-    def truncate(self, n: int) -> None:
+    def truncate(self, n: int, cancel: Any = None) -> None:
+        if cancel is not None and cancel.is_set():
+            raise _native.Cancelled
         if n and not self.length - self.reach <= n <= self.length:
             raise ValueError(f"truncate: {n} of {self.length}")
         del self.tokens[n:]
@@ -72,6 +74,7 @@ class Model:
         self.read: list[list[int]] = []  # every list of tokens that was appended to a cache
         self.steps: list[int] = []  # sequences in each step
         self.top_k: list[int | None] = []
+        self.part = 0  # tokens of a prompt that are read before a pass sees that it is cancelled
 
     def new_cache(self, capacity: int | None = None) -> Cache:
         return Cache(CONTEXT if capacity is None else capacity)
@@ -95,6 +98,8 @@ class Model:
         if self.before is not None:
             self.before(tokens)
         if cancel is not None and cancel.is_set():
+            for new, cache in zip(tokens, caches, strict=True):  # a long prompt is read in parts
+                cache.tokens += new[: self.part]
             raise _native.Cancelled
         for new, cache in zip(tokens, caches, strict=True):
             self.read.append([int(t) for t in new])
@@ -161,9 +166,16 @@ def config(**changes: Any) -> Config:
     return Config(**(values | changes))
 
 
-def gemma(model: Any, *, words: Any = tokenizer, template: str | None = "a template", context: int = CONTEXT) -> Gemma:
+def gemma(
+    model: Any,
+    *,
+    words: Any = tokenizer,
+    template: str | None = "a template",
+    context: int = CONTEXT,
+    deterministic: bool = False,
+) -> Gemma:
     """A Gemma around a stand-in model."""
-    return Gemma(model, config(), words, template, {"source": "fake"}, context)
+    return Gemma(model, config(), words, template, {"source": "fake", "deterministic": deterministic}, context)
 
 
 def in_thread(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:

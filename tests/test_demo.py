@@ -74,7 +74,7 @@ def test_a_second_question_on_a_text(gemma: Gemma) -> None:
     gemma.generate(ids + gemma.tokenizer.encode("\nIn short:", bos=False), max_tokens=8, temperature=0)
     question = ids + gemma.tokenizer.encode("\nThe title:", bos=False)
     again = gemma.generate(question, max_tokens=8, temperature=0, logprobs=0)
-    gemma.reset()
+    gemma.drop_cache()
     whole = gemma.generate(question, max_tokens=8, temperature=0, logprobs=0)
     assert again.tokens == whole.tokens
     assert again.logprobs == whole.logprobs

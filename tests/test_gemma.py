@@ -234,7 +234,7 @@ def test_n_reads_the_prompt_once() -> None:
     alone, _ = noisy()
     assert several[0].tokens == alone.generate(prompt, max_tokens=5, seed=4, ignore_eos=True).tokens
     # Where the first has gone too far for its cache to be cut back, the prompt is read again.
-    gemma.reset()
+    gemma.drop_cache()
     model.read.clear()
     make = model.new_cache
     model.new_cache = lambda capacity=None: vars(cache := make(capacity)).update(reach=0) or cache  # type: ignore[method-assign,func-returns-value]

@@ -168,6 +168,10 @@ def test_truncate_rules(model: GetModel, speck_model: Any) -> None:
     for bad in (201, -1):
         with pytest.raises(ValueError, match="200 positions"):
             cache.truncate(bad)
+    cache.truncate(65)
+    copy = cache.clone()  # of what is left
+    assert copy.nbytes < cache.nbytes
+    assert same(m.forward(tokens[65:], copy), m.forward(tokens[65:], cache))
     for n in (200, 199, 64, 1, 0, 0):
         cache.truncate(n)
         assert cache.length == n
@@ -179,7 +183,10 @@ def test_truncate_rules(model: GetModel, speck_model: Any) -> None:
     cache = m.new_cache()
     m.forward(tokens[:RING], cache)
     cache.truncate(1)  # nothing is overwritten yet
-    assert same(m.forward(tokens[1:], cache), m.forward(tokens, m.new_cache()))
+    copy = cache.clone()
+    expected = m.forward(tokens, m.new_cache())
+    assert same(m.forward(tokens[1:], cache), expected)
+    assert same(m.forward(tokens[1:], copy), expected)
     low = 1300 - RING + 64 - 1
     for n in (low - 1, 700, 100, 1):
         with pytest.raises(ValueError, match=f"back to {low} at most, or to 0"):

@@ -87,10 +87,14 @@ def test_a_stream_left_early(how: str) -> None:
 
 def test_cancelled_within_the_prompt() -> None:
     gemma, model = noisy()
+    model.part = 60
     model.before = lambda _: gemma.cancel()
-    assert gemma.generate(LONG, **SETTINGS).finish_reason == "cancelled"
+    first = gemma.generate(LONG, **SETTINGS)
+    assert first.finish_reason == "cancelled"
+    assert first.timings["prefill_tokens"] == 60
     model.before = None
     assert gemma.generate(LONG, **SETTINGS).tokens == fresh(LONG)
+    assert model.read[0] == LONG[60:]
 
 
 def test_a_failure_leaves_nothing_behind() -> None:
@@ -98,13 +102,15 @@ def test_a_failure_leaves_nothing_behind() -> None:
     gemma.generate(LONG, **SETTINGS)
 
     def fail(batch: Any) -> None:
-        raise MemoryError
+        if len(model.steps) == 9:  # the fourth step
+            raise MemoryError
 
     model.before = fail
     with pytest.raises(MemoryError):
         gemma.generate(LONG, **SETTINGS)
-    model.before = None
+    model.read.clear()
     assert gemma.generate(LONG, **SETTINGS).tokens == fresh(LONG)
+    assert model.read[0] == LONG
 
 
 def test_sliding_layers_that_do_not_reach_back() -> None:
@@ -115,12 +121,12 @@ def test_sliding_layers_that_do_not_reach_back() -> None:
     assert model.read[0] == LONG
 
 
-def test_reset_and_close_give_the_memory_back() -> None:
+def test_drop_cache_and_close_give_the_memory_back() -> None:
     gemma, model = noisy()
     caches: list[Any] = []
     make = model.new_cache
     model.new_cache = lambda capacity=None: caches.append(weakref.ref(cache := make(capacity))) or cache  # type: ignore[method-assign,func-returns-value]
-    for end in (gemma.reset, gemma.close):
+    for end in (gemma.drop_cache, gemma.close):
         gemma.generate(LONG, **SETTINGS)
         assert caches[-1]() is not None
         end()
@@ -139,11 +145,59 @@ def test_only_one_is_kept() -> None:
 def test_where_splitting_a_prompt_may_change_its_bits_it_is_read_whole() -> None:
     model = Model(noise)
     model.device = "cuda:0"
-    gemma = fake_native.gemma(model)
+    for deterministic in (False, True):
+        gemma = fake_native.gemma(model, deterministic=deterministic)
+        gemma.generate(LONG, **SETTINGS)
+        model.read.clear()
+        gemma.generate(LONG, **SETTINGS)
+        assert model.read[0] == (LONG[-1:] if deterministic else LONG)
+
+
+def test_on_a_gpu_there_is_never_a_second_cache_that_nobody_uses() -> None:
+    """Its memory is taken at once: a kept one that is too small goes before the next is made."""
+    model = Model(noise)
+    model.device = "cuda:0"
+    gemma = fake_native.gemma(model, deterministic=True)
+    caches: list[Any] = []
+    make = model.new_cache
+
+    def new_cache(capacity: int | None = None) -> Any:
+        assert all(cache() is None for cache in caches)
+        caches.append(weakref.ref(cache := make(capacity)))
+        return cache
+
+    model.new_cache = new_cache  # type: ignore[method-assign]
+    gemma.generate(LONG, **SETTINGS)
+    assert gemma.generate([*LONG, 7], **SETTINGS).tokens == fresh([*LONG, 7])
+    gemma.score(LONG)
+    assert len(caches) == 3
+
+
+def test_of_a_list_the_prompt_that_shares_most_takes_it() -> None:
+    gemma, model = noisy()
     gemma.generate(LONG, **SETTINGS)
     model.read.clear()
+    outs = gemma.generate([[BOS, 9], [*LONG, 4]], **SETTINGS)
+    assert sorted(len(read) for read in model.read[:2]) == [1, 2]
+    assert [o.tokens for o in outs] == [fresh([BOS, 9]), fresh([*LONG, 4])]
+
+
+def test_closed_while_a_call_ends() -> None:
+    gemma, model = noisy()
+    model.before = lambda _: gemma.close() if len(model.steps) == 3 else None
     gemma.generate(LONG, **SETTINGS)
-    assert model.read[0] == LONG
+    assert not gemma._kept
+
+
+def test_cancelled_while_another_call_is_waited_for() -> None:
+    gemma, model = noisy()
+    gemma.generate(LONG, **SETTINGS)
+    stream = gemma.stream(LONG[:50], **SETTINGS)
+    stream.cancel()
+    assert list(stream) == []
+    assert stream.result is not None
+    assert stream.result.finish_reason == "cancelled"
+    assert gemma.generate(LONG, **SETTINGS).tokens == fresh(LONG)
 
 
 @given(

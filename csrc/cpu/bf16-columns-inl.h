@@ -3,8 +3,8 @@
 //
 // The sums are those of bf16-inl.h, product for product: the sixteen that are kept there for a row (one a lane, or one a lane of one
 // half of a step) are four passes along K here, of four sums each, joined in the same tree. But nothing is joined across lanes until
-// the end, two loads of weights and kTileRows of activations feed twice as many multiply-adds as the latter, and weights get their
-// places by moving quarters of vectors.
+// the end, kTileVectors loads of weights and kTileRows of activations feed the product of both in multiply-adds, and weights get
+// their places by moving quarters of vectors.
 #pragma once
 
 #include "kernels.h"
@@ -90,7 +90,7 @@ struct Ahead {
 };
 constexpr int kMostAhead = kGroup * kTileVectors / (kPasses * kVectors);  // 1 or 4
 
-// Bytes of activations that are asked for into L1 ahead: a pass of a tile. A chunk of them lies in L2 or further away.
+// Bytes of activations that are asked for into L1 ahead: with AVX-512 those of a whole pass of a tile. A chunk lies in L2 or further away.
 constexpr int64_t kAheadBytes = 6144;
 
 // sum[M][kPasses][kVectors][W] (+)= one pass of a span for a tile and kTileVectors vectors, `stride` words apart. PART: which part of the

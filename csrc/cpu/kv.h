@@ -6,6 +6,7 @@
 // where e is the head size rounded up to 32, the rest zeros.
 #pragma once
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -31,11 +32,8 @@ class CpuKv final : public KvStore {
   int64_t e() const { return e_; }
 
   void reserve(int64_t length) override {
-    for (size_t l = 0; l < pages_.size(); ++l) {
-      int64_t blocks = (length + kKeyBlock - 1) / kKeyBlock;
-      if (ring_[l] && blocks > ring_[l] / kKeyBlock) blocks = ring_[l] / kKeyBlock;
-      while (static_cast<int64_t>(pages_[l].size()) < blocks) pages_[l].push_back(new_page());
-    }
+    for (size_t l = 0; l < pages_.size(); ++l)
+      while (static_cast<int64_t>(pages_[l].size()) < blocks(l, length)) pages_[l].push_back(new_page());
   }
 
   size_t bytes() const override {
@@ -44,12 +42,12 @@ class CpuKv final : public KvStore {
     return n;
   }
 
-  std::unique_ptr<KvStore> clone() const override {
+  std::unique_ptr<KvStore> clone(int64_t length, int64_t high) const override {
     auto copy = std::make_unique<CpuKv>(*this, 0);
     for (size_t l = 0; l < pages_.size(); ++l)
-      for (const Page& p : pages_[l]) {
+      for (int64_t b = 0; b < blocks(l, ring_[l] ? high : length); ++b) {
         copy->pages_[l].push_back(new_page());
-        std::memcpy(copy->pages_[l].back().get(), p.get(), page_bytes());
+        std::memcpy(copy->pages_[l].back().get(), pages_[l][b].get(), page_bytes());
       }
     return copy;
   }
@@ -92,6 +90,11 @@ class CpuKv final : public KvStore {
   };
   using Page = std::unique_ptr<uint8_t, Free>;
 
+  // Pages of a layer that hold positions [0, length).
+  int64_t blocks(size_t layer, int64_t length) const {
+    const int64_t n = (length + kKeyBlock - 1) / kKeyBlock;
+    return ring_[layer] ? std::min(n, ring_[layer] / kKeyBlock) : n;
+  }
   size_t plane_bytes() const { return kKeyBlock * e_ * (f32_ ? 4 : 2); }
   size_t page_bytes() const { return heads_ * 2 * plane_bytes(); }
   Page new_page() const {

@@ -184,7 +184,7 @@ struct V {
     uint32_t v[4];
   };
   static constexpr int kColumnStep = 32, kColumnTile = 6,
-                       kColumnVectors = 4;  // with two vectors of weights, 24 sums in 32 registers
+                       kColumnVectors = 4;  // 24 sums in 32 registers
   static constexpr int kJoinFirst = 2;      // `sum` joins lanes k and k + 8, then k and k + 4
   static void to_columns(const float* x, Column* c) { pack32(x, c); }
   // c[j] = values at + 8 j to at + 8 j + 7 of 4 rows.

@@ -28,7 +28,7 @@ class GpuKv final : public KvStore {
         memory_(device_, bytes, ("a KV cache of " + std::to_string(capacity) + " positions").c_str()) {}
   void reserve(int64_t) override {}  // all of it is there
   size_t bytes() const override { return memory_.bytes(); }
-  std::unique_ptr<KvStore> clone() const override {
+  std::unique_ptr<KvStore> clone(int64_t, int64_t) const override {
     device_->use();
     auto copy = std::make_unique<GpuKv>(device_, memory_.bytes(), capacity);
     device_->copy(copy->memory_.data(), memory_.data(), memory_.bytes());

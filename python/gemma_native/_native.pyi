@@ -34,8 +34,11 @@ class Cache:
     @property
     def nbytes(self) -> int:
         """Bytes committed so far."""
-    def truncate(self, n: int) -> None:
-        """Keeps the first n positions. ValueError when n > length, or when a sliding layer no longer reaches so far."""
+    def truncate(self, n: int, *, cancel: CancelFlag | None = None) -> None:
+        """Keeps the first n positions. ValueError when n > length, or when a sliding layer no longer reaches so far.
+
+        Waits for another thread's call on the model, unless `cancel` is set: then it raises Cancelled.
+        """
     def clone(self) -> Cache: ...
 
 class Model:

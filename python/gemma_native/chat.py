@@ -61,7 +61,7 @@ class Chat:
             said = f"{self._system}\n\n{said}"
         prompt = self._tokens or [gemma.config.bos_token_id]
         prompt = gemma._ids([*prompt, *self._turn_tokens("user", said), self._turn, *self._encode("model\n")])
-        cache = self._prefix.rewind(prompt) if self._prefix else gemma.model.new_cache(gemma._context)
+        cache = self._prefix.rewind(prompt) if self._prefix else gemma._new_cache(gemma._context)
         ends = gemma._ends(chosen) | {self._end}
         sequence = Running(prompt, chosen, 0, cache, gemma.tokenizer, ends)
         self._open = ChatStream(self, text, sequence)

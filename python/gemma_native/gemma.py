@@ -259,9 +259,9 @@ class Gemma:
         """Stops what runs and gives the memory back. Later calls raise RuntimeError."""
         self.cancel()
         self._model = None
-        self.reset()
+        self.drop_cache()
 
-    def reset(self) -> None:
+    def drop_cache(self) -> None:
         """Gives back the memory of the last prompt's KV cache, which is kept for a next prompt that begins alike."""
         self._kept.clear()
 
@@ -297,9 +297,11 @@ class Gemma:
 
     def _run(self, waiting: deque[Running], flag: _native.CancelFlag) -> Iterator[list[str]]:
         model = self.model
+        if self._kept and len(waiting) > 1:
+            self._put_first_who_shares_most(waiting)
         live: list[Running] = []
         while True:
-            while waiting and len(live) < MAX_BATCH and self._start(waiting[0]):
+            while waiting and len(live) < MAX_BATCH and self._start(waiting[0], flag):
                 live.append(waiting.popleft())
             if not live:
                 return
@@ -323,6 +325,9 @@ class Gemma:
                     raise _native.Cancelled
                 rows = Rows.of(model.forward_batch(tokens, caches, **wanted, cancel=flag), wanted)
             except _native.Cancelled:
+                for s in live:
+                    if not s.tokens and s.cache is not None:
+                        s.read -= len(s.prompt) - s.cache.length
                 yield [s.end("cancelled") for s in [*live, *waiting]]
                 return
             yield [s.take(rows, i, began) for i, s in enumerate(live)]
@@ -382,7 +387,7 @@ class Gemma:
         guesses.took(step, len(tried), right)
         return "".join(pieces)
 
-    def _start(self, s: Running) -> bool:
+    def _start(self, s: Running, flag: _native.CancelFlag) -> bool:
         """Gives a sequence its cache. False: it has to wait until the first of its prompt has read the prompt."""
         if s.cache is not None:
             return True
@@ -391,27 +396,35 @@ class Gemma:
             assert source is not None
             if source.length < len(s.prompt):
                 return False
-            cache = source.clone()
-            try:  # the last token again, for its logits
-                cache.truncate(len(s.prompt) - 1)
-            except ValueError:  # sliding layers no longer hold that far back
-                cache.truncate(0)
-            s.cache = cache
+            s.cache = Prefix(source.clone(), s.prompt).rewind(s.prompt)
         else:
-            s.cache = self._cache(s)
+            s.cache = self._cache(s, flag)
         return True
 
-    def _cache(self, s: Running) -> _native.Cache:
+    def _put_first_who_shares_most(self, waiting: deque[Running]) -> None:
+        """With the last prompt, whose cache the first will take."""
+        for prefix in list(self._kept):
+            best = max((s for s in waiting if s.first is s), key=lambda s: prefix.shared(s.prompt))
+            waiting.remove(best)
+            waiting.appendleft(best)
+
+    def _cache(self, s: Running, flag: _native.CancelFlag) -> _native.Cache:
         """That of the last prompt, cut to what both begin with, or an empty one."""
         # Memory on a GPU is taken at once: no more than this sequence can use.
         needed = min(self._context, len(s.prompt) + s.params.max_tokens)
         try:
             prefix = self._kept.pop()
-        except IndexError:
-            prefix = None
-        if prefix is not None and prefix.cache.capacity >= needed:
-            return prefix.rewind(s.prompt)
-        return self.model.new_cache(self._context if self.model.device == "cpu" else needed)
+            if prefix.cache.capacity >= needed:
+                return prefix.rewind(s.prompt, flag)
+            del prefix
+        except (IndexError, _native.Cancelled):  # cancelled: the first pass will say so
+            pass
+        return self._new_cache(self._context if self.model.device == "cpu" else needed)
+
+    def _new_cache(self, capacity: int) -> _native.Cache:
+        if self.model.device != "cpu":  # where a cache takes all its memory at once
+            self.drop_cache()
+        return self.model.new_cache(capacity)
 
     def _give_back(self, own: list[Running], waiting: Iterable[Running]) -> None:
         """Takes the caches of sequences that have ended, unless one that waits will clone it, and keeps the last."""
@@ -419,8 +432,10 @@ class Gemma:
         for s in own:
             if s.finish_reason and id(s) not in cloned and (prefix := s.prefix()):
                 s.cache = None
-                if self._model is not None and self._split_keeps_bits:
+                if self._split_keeps_bits:
                     self._kept.append(prefix)
+                if self._model is None:  # closed, perhaps this instant
+                    self.drop_cache()
 
     # --- prompts ---
 
@@ -537,7 +552,7 @@ class Gemma:
             raise ValueError("a text to score needs at least two tokens (BOS counts)")
         flag = self._begin()
         try:
-            return Score(ids, self.model.score(ids, self.model.new_cache(len(ids)), cancel=flag))
+            return Score(ids, self.model.score(ids, self._new_cache(len(ids)), cancel=flag))
         finally:
             self._end(flag)
 

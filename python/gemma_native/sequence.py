@@ -104,17 +104,23 @@ class Prefix:
         self.cache = cache
         self._tokens = tokens
 
-    def rewind(self, prompt: list[int]) -> _native.Cache:
-        """The cache, cut to what it shares with `prompt`; without the last token, which is computed for its logits."""
+    def shared(self, prompt: list[int]) -> int:
+        """How many tokens both begin with, without the prompt's last, which is computed for its logits."""
         same = 0
         for a, b in zip(prompt[:-1], self._tokens, strict=False):
             if a != b:
                 break
             same += 1
-        try:
-            self.cache.truncate(same)
-        except ValueError:  # sliding layers no longer hold that far back: everything is read again
-            self.cache.truncate(0)
+        return same
+
+    def rewind(self, prompt: list[int], cancel: _native.CancelFlag | None = None) -> _native.Cache:
+        """The cache, cut to what it shares with the prompt. Raises Cancelled while another call is waited for."""
+        same = self.shared(prompt)
+        if same < self.cache.length:
+            try:
+                self.cache.truncate(same, cancel=cancel)
+            except ValueError:  # sliding layers no longer hold that far back: everything is read again
+                self.cache.truncate(0, cancel=cancel)
         return self.cache
 
 
