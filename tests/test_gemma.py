@@ -467,6 +467,18 @@ def test_an_interrupt_leaves_everything_usable() -> None:
     assert gemma.generate("hello", max_tokens=3).finish_reason == "length"
 
 
+@pytest.mark.parametrize("start", [Gemma.generate, Gemma.stream])
+def test_cancel_while_a_prompt_is_tokenised(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gemma, model = noisy()
+    encode = gemma.tokenizer.encode
+    monkeypatch.setattr(gemma.tokenizer, "encode", lambda *args, **more: (gemma.cancel(), encode(*args, **more))[1])
+    out = start(gemma, "hello", max_tokens=5)
+    if start is Gemma.stream:
+        assert list(out) == []
+        out = out.result
+    assert (out.finish_reason, model.read) == ("cancelled", [])
+
+
 def test_no_flag_stays_behind() -> None:
     gemma, _ = noisy()
     gemma.generate("hello", max_tokens=2)
@@ -474,6 +486,9 @@ def test_no_flag_stays_behind() -> None:
     list(gemma.stream("hello", max_tokens=2))
     for _ in gemma.stream("hello", max_tokens=200):
         break
+    for start in (gemma.generate, gemma.stream):
+        with pytest.raises(ValueError, match="outside the embedding"):
+            start([VOCAB])
     assert not gemma._running
 
 

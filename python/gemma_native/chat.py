@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from .gemma import Gemma, Stream
+from .gemma import Gemma
 from .sampling import SamplingParams, make_params
 from .sequence import Completion, Prefix, Running
+from .stream import Stream
 
 
 class Chat:
@@ -90,7 +91,7 @@ class ChatStream(Stream):
 
     def __init__(self, chat: Chat, text: str, sequence: Running) -> None:
         self._chat, self._said = chat, text
-        super().__init__(chat._gemma, sequence)
+        super().__init__(chat._gemma, sequence, chat._gemma._begin())
 
     def _finish(self) -> None:
         super()._finish()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 import time
 import warnings
 from collections import deque
@@ -25,6 +24,7 @@ from .config import Config
 from .sampling import SamplingParams, is_integer, make_params
 from .sequence import Completion, Prefix, Rows, Running
 from .speculation import Guesses
+from .stream import Stream
 from .weights import open_checkpoint
 
 if TYPE_CHECKING:
@@ -45,68 +45,6 @@ class Score:
 
     def __post_init__(self) -> None:
         self.perplexity = math.exp(-float(self.logprobs.mean(dtype=np.float64)))
-
-
-class Stream(Iterator[str]):
-    """Pieces of text as they are generated. Leaving the loop stops the work; `result` is there at the end."""
-
-    def __init__(self, gemma: Gemma, sequence: Running) -> None:
-        self._gemma = gemma
-        self._sequence = sequence
-        self._flag = gemma._begin()
-        self._steps = gemma._steps([sequence], self._flag)
-        self._lock = threading.RLock()  # one thread at a time advances or ends it
-        self.result: Completion | None = None
-
-    def __iter__(self) -> Stream:
-        return self
-
-    def __next__(self) -> str:
-        with self._lock:
-            return self._next()
-
-    def _next(self) -> str:
-        if self.result is not None:
-            raise StopIteration
-        try:
-            while not self._sequence.finish_reason:
-                for piece in next(self._steps, [""]):
-                    if piece:
-                        if self._sequence.finish_reason:
-                            self._finish()
-                        return piece
-        except BaseException:
-            self._sequence.finish_reason = self._sequence.finish_reason or "cancelled"
-            self._finish()
-            raise
-        self._finish()
-        raise StopIteration
-
-    def _finish(self) -> None:
-        self._steps.close()
-        self._gemma._end(self._flag)
-        self.result = self._sequence.result()
-
-    def cancel(self) -> None:
-        """Stops the generation, from any thread: the loop over the stream ends, with finish_reason "cancelled"."""
-        self._flag.set()
-
-    def close(self) -> None:
-        """Ends the generation here. Safe to call at any time, and again."""
-        self._flag.set()
-        if not self._lock.acquire(blocking=False):
-            return  # another thread is inside: it sees the flag and ends the stream
-        try:
-            if self.result is None:
-                if not self._sequence.finish_reason:
-                    self._sequence.end("cancelled")
-                self._finish()
-        finally:
-            self._lock.release()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_flag"):
-            self._gemma._end(self._flag)
 
 
 class Gemma:
@@ -504,11 +442,9 @@ class Gemma:
         """
         chosen = make_params(params, settings)
         batch = _is_batch(prompt)
-        prompts = [self._ids(p) for p in prompt] if batch else [self._ids(prompt)]
-        if not prompts:
-            return []
         flag = self._begin()
         try:
+            prompts = [self._ids(p) for p in prompt] if batch else [self._ids(prompt)]
             sequences = self._sequences(prompts, chosen)
             for _ in self._steps(sequences, flag):
                 pass
@@ -528,7 +464,12 @@ class Gemma:
         if _is_batch(prompt):
             raise TypeError("stream takes one prompt; generate takes a list of them")
         self.tokenizer  # noqa: B018  (text is wanted: say now if there is no tokenizer)
-        return Stream(self, self._sequences([self._ids(prompt)], chosen)[0])
+        flag = self._begin()
+        try:
+            return Stream(self, self._sequences([self._ids(prompt)], chosen)[0], flag)
+        except BaseException:
+            self._end(flag)
+            raise
 
     def chat(self, system: str | None = None) -> Chat:
         """Starts a conversation. See `Chat`. Raises ValueError where the vocabulary has no turns."""
