@@ -103,8 +103,8 @@ inline void column_tile(const uint32_t* w, int64_t stride, const V::Column* x, i
   F a[kSums];
   GEMMA_UNROLL(24)  // else GCC moves the sums to memory and back before the loop, and after it
   for (int i = 0; i < kSums; ++i) a[i] = start ? V::zero() : V::load(at(i));
-  GEMMA_UNROLL(
-      2)  // else a sixth of the instructions are the loop's own, and whoever shares the core slows all of them down
+  // Else a sixth of the instructions are the loop's own, and whoever shares the core slows all of them down.
+  GEMMA_UNROLL(2)
   for (const uint32_t* end = w + steps * W; w != end; w += W, x += M) {
     for (int r = 0; r < ROWS; ++r) GEMMA_PREFETCH_L2(ahead.row + r * ahead.apart);
     if (ROWS) ahead.row += kColumnStep;
