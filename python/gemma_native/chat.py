@@ -91,7 +91,9 @@ class ChatStream(Stream):
 
     def __init__(self, chat: Chat, text: str, sequence: Running) -> None:
         self._chat, self._said = chat, text
-        super().__init__(chat._gemma, sequence, chat._gemma._begin())
+        gemma = chat._gemma
+        flag = gemma._begin()
+        super().__init__(sequence, gemma._steps([sequence], flag), flag, gemma._end)
 
     def _finish(self) -> None:
         super()._finish()

@@ -466,7 +466,8 @@ class Gemma:
         self.tokenizer  # noqa: B018  (text is wanted: say now if there is no tokenizer)
         flag = self._begin()
         try:
-            return Stream(self, self._sequences([self._ids(prompt)], chosen)[0], flag)
+            sequence = self._sequences([self._ids(prompt)], chosen)[0]
+            return Stream(sequence, self._steps([sequence], flag), flag, self._end)
         except BaseException:
             self._end(flag)
             raise

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING
 
 from .sequence import Completion, Running
 
 if TYPE_CHECKING:
     from ._native import CancelFlag
-    from .gemma import Gemma
 
 
 class Stream(Iterator[str]):
     """Pieces of text as they are generated. Leaving the loop stops the work; `result` is there at the end."""
 
-    def __init__(self, gemma: Gemma, sequence: Running, flag: CancelFlag) -> None:
-        self._gemma = gemma
+    def __init__(
+        self,
+        sequence: Running,
+        steps: Generator[list[str], None, None],
+        flag: CancelFlag,
+        end: Callable[[CancelFlag], object],
+    ) -> None:
         self._sequence = sequence
+        self._steps = steps  # of this sequence alone; they stop by the flag
         self._flag = flag
-        self._steps = gemma._steps([sequence], self._flag)
+        self._end = end  # called with the flag when it is no longer needed
         self._lock = threading.RLock()  # one thread at a time advances or ends it
         self.result: Completion | None = None
 
@@ -50,7 +55,7 @@ class Stream(Iterator[str]):
 
     def _finish(self) -> None:
         self._steps.close()
-        self._gemma._end(self._flag)
+        self._end(self._flag)
         self.result = self._sequence.result()
 
     def cancel(self) -> None:
@@ -71,5 +76,5 @@ class Stream(Iterator[str]):
             self._lock.release()
 
     def __del__(self) -> None:
-        if hasattr(self, "_flag"):
-            self._gemma._end(self._flag)
+        if hasattr(self, "_end"):
+            self._end(self._flag)
