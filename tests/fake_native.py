@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,10 +42,10 @@ def tokenizer() -> Tokenizer:
 
 
 class Cache:
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, reach: int) -> None:
         self.tokens: list[int] = []
         self.capacity = capacity
-        self.reach = 512  # how far back truncate goes, as with sliding layers
+        self.reach = reach
 
     @property
     def length(self) -> int:
@@ -74,10 +75,18 @@ class Model:
         self.read: list[list[int]] = []  # every list of tokens that was appended to a cache
         self.steps: list[int] = []  # sequences in each step
         self.top_k: list[int | None] = []
+        self.caches: list[weakref.ref[Cache]] = []  # all that were made, but for clones
+        self.reach = 512  # how far back a cache's truncate goes, as with sliding layers
         self.part = 0  # tokens of a prompt that are read before a pass sees that it is cancelled
 
     def new_cache(self, capacity: int | None = None) -> Cache:
-        return Cache(CONTEXT if capacity is None else capacity)
+        cache = Cache(CONTEXT if capacity is None else capacity, self.reach)
+        self.caches.append(weakref.ref(cache))
+        return cache
+
+    def alive(self) -> int:
+        """Caches that someone still holds."""
+        return sum(cache() is not None for cache in self.caches)
 
     def forward_batch(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import weakref
 from typing import Any
 
 import fake_native
@@ -20,8 +19,7 @@ SETTINGS: dict[str, Any] = {"max_tokens": 5, "seed": 3, "ignore_eos": True}
 
 def noisy(reach: int = 512) -> tuple[Gemma, Model]:
     model = Model(noise)
-    make = model.new_cache
-    model.new_cache = lambda capacity=None: vars(cache := make(capacity)).update(reach=reach) or cache  # type: ignore[method-assign,func-returns-value]
+    model.reach = reach
     return fake_native.gemma(model), model
 
 
@@ -123,23 +121,17 @@ def test_sliding_layers_that_do_not_reach_back() -> None:
 
 def test_drop_cache_and_close_give_the_memory_back() -> None:
     gemma, model = noisy()
-    caches: list[Any] = []
-    make = model.new_cache
-    model.new_cache = lambda capacity=None: caches.append(weakref.ref(cache := make(capacity))) or cache  # type: ignore[method-assign,func-returns-value]
     for end in (gemma.drop_cache, gemma.close):
         gemma.generate(LONG, **SETTINGS)
-        assert caches[-1]() is not None
+        assert model.alive() == 1
         end()
-        assert caches[-1]() is None
+        assert model.alive() == 0
 
 
 def test_only_one_is_kept() -> None:
     gemma, model = noisy()
-    caches: list[Any] = []
-    make = model.new_cache
-    model.new_cache = lambda capacity=None: caches.append(weakref.ref(cache := make(capacity))) or cache  # type: ignore[method-assign,func-returns-value]
     gemma.generate([LONG, [BOS, 5], [BOS, 6]], **SETTINGS)
-    assert sum(cache() is not None for cache in caches) == 1
+    assert model.alive() == 1
 
 
 def test_where_splitting_a_prompt_may_change_its_bits_it_is_read_whole() -> None:
@@ -158,19 +150,17 @@ def test_on_a_gpu_there_is_never_a_second_cache_that_nobody_uses() -> None:
     model = Model(noise)
     model.device = "cuda:0"
     gemma = fake_native.gemma(model, deterministic=True)
-    caches: list[Any] = []
     make = model.new_cache
 
     def new_cache(capacity: int | None = None) -> Any:
-        assert all(cache() is None for cache in caches)
-        caches.append(weakref.ref(cache := make(capacity)))
-        return cache
+        assert model.alive() == 0
+        return make(capacity)
 
     model.new_cache = new_cache  # type: ignore[method-assign]
     gemma.generate(LONG, **SETTINGS)
     assert gemma.generate([*LONG, 7], **SETTINGS).tokens == fresh([*LONG, 7])
     gemma.score(LONG)
-    assert len(caches) == 3
+    assert len(model.caches) == 3
 
 
 def test_of_a_list_the_prompt_that_shares_most_takes_it() -> None:

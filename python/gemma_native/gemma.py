@@ -348,7 +348,6 @@ class Gemma:
 
     def _cache(self, s: Running, flag: _native.CancelFlag) -> _native.Cache:
         """That of the last prompt, cut to what both begin with, or an empty one."""
-        # Memory on a GPU is taken at once: no more than this sequence can use.
         needed = min(self._context, len(s.prompt) + s.params.max_tokens)
         try:
             prefix = self._kept.pop()
@@ -357,12 +356,14 @@ class Gemma:
             del prefix
         except (IndexError, _native.Cancelled):  # cancelled: the first pass will say so
             pass
-        return self._new_cache(self._context if self.model.device == "cpu" else needed)
+        return self._new_cache(needed)
 
-    def _new_cache(self, capacity: int) -> _native.Cache:
-        if self.model.device != "cpu":  # where a cache takes all its memory at once
-            self.drop_cache()
-        return self.model.new_cache(capacity)
+    def _new_cache(self, needed: int) -> _native.Cache:
+        """An empty cache for that many positions at least."""
+        if self.model.device == "cpu":  # memory is taken as it is used
+            return self.model.new_cache(self._context)
+        self.drop_cache()  # at once: no more than is needed, and not beside one that nobody uses
+        return self.model.new_cache(needed)
 
     def _give_back(self, own: list[Running], waiting: Iterable[Running]) -> None:
         """Takes the caches of sequences that have ended, unless one that waits will clone it, and keeps the last."""
