@@ -157,9 +157,16 @@ class ForkSafeMutex {
 #endif
 };
 
+// Of what may be the last reference to a mapped file: the GIL is let go while that is unmapped.
+struct Release {
+  void operator()(PyObject* object) const {
+    gil_or_wait([object] { Py_DECREF(object); });
+  }
+};
+
 struct PyModel {
   py::object config;
-  std::vector<py::buffer_info> kept;  // buffers of weights that are used where they lie
+  std::vector<std::unique_ptr<PyObject, Release>> kept;  // buffers of weights that are used where they lie
   std::unique_ptr<Model> model;
   ForkSafeMutex mutex;
 };
@@ -168,6 +175,10 @@ struct PyCache {
   std::shared_ptr<PyModel> owner;
   std::unique_ptr<Cache> cache;
 };
+
+void check_signals() {
+  if (gil_or_wait(PyErr_CheckSignals) != 0) throw py::error_already_set();
+}
 
 // Runs f without the GIL, one call on a model at a time. `poll` stops it on a cancel flag or a signal.
 template <class Fn>
@@ -180,8 +191,8 @@ void run(PyModel& m, const CancelFlag* cancel, Fn&& f) {
     const auto now = std::chrono::steady_clock::now();
     if (now - last < std::chrono::milliseconds(20)) return;
     last = now;
-    WithGil taken;
-    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    WithGil taken(released);
+    check_signals();
   };
   std::unique_lock<std::mutex> lock(mutex, std::defer_lock);
   while (!lock.try_lock()) {  // waiting for another thread's call can be interrupted as well
@@ -228,12 +239,6 @@ std::shared_ptr<PyModel> make_model(const py::object& config, const py::dict& te
     host[name] = tensor_of(name, entry, view);
     views.emplace(name, std::move(view));
   }
-  if (!consumed.is_none())
-    options.consumed = [&consumed](const std::string& name, size_t begin, size_t end) {
-      WithGil taken;
-      consumed(name, begin, end);
-      if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-    };
 
   std::unique_ptr<Backend> backend;
   if (device == "cpu") {
@@ -254,10 +259,23 @@ std::shared_ptr<PyModel> make_model(const py::object& config, const py::dict& te
   }
   {
     WithoutGil released;
+    if (!consumed.is_none())
+      options.consumed = [&](const std::string& name, size_t begin, size_t end) {
+        WithGil taken(released);
+        const py::tuple given = py::make_tuple(name, begin, end);
+        PyObject* result = gil_or_wait([&] { return PyObject_CallObject(consumed.ptr(), given.ptr()); });
+        if (!result) throw py::error_already_set();
+        Py_DECREF(result);
+        check_signals();
+      };
     m->model = std::make_unique<Model>(c, host, std::move(backend), options);
   }
   for (const Model::Weight& w : m->model->weights())
-    if (w.matrix && w.matrix->in_place) m->kept.push_back(std::move(views.at(w.name)));
+    if (w.matrix && w.matrix->in_place) {
+      PyObject* own = PyMemoryView_FromObject(views.at(w.name).view()->obj);  // which nobody else can release
+      if (!own) throw py::error_already_set();
+      m->kept.emplace_back(own);
+    }
   return m;
 }
 

@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <chrono>
+#include <exception>
 #include <string>
 #include <thread>
 
@@ -15,12 +16,15 @@ namespace py = pybind11;
 
 using FloatArray = py::array_t<float, py::array::c_style | py::array::forcecast>;
 
-// Where the interpreter has ended, a Python before 3.14 stops a thread that wants the GIL by unwinding its stack, to which C++ would answer
-// by ending the process with an error. Such a thread waits for the process's end instead, as it does since 3.14.
-template <class Take>
-void take_gil(Take take) {
+// f(), which takes the GIL, or may let it go for a while. Where the interpreter has ended, a Python before 3.14 stops a thread that wants
+// the GIL by unwinding its stack, to which C++ would answer by ending the process with an error, at the first destructor on the way. Such
+// a thread waits for the process's end instead, as it does since 3.14. Nothing in f may have a destructor that matters.
+template <class F>
+auto gil_or_wait(F f) {
   try {
-    take();
+    return f();
+  } catch (const std::exception&) {
+    throw;
   } catch (...) {
     for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
   }
@@ -30,24 +34,25 @@ class WithoutGil {
  public:
   WithoutGil() = default;
   WithoutGil(const WithoutGil&) = delete;
-  ~WithoutGil() {
-    take_gil([this] { PyEval_RestoreThread(state_); });
-  }
+  ~WithoutGil() { take(); }
 
  private:
+  friend class WithGil;
+  void take() {
+    gil_or_wait([this] { PyEval_RestoreThread(state_); });
+  }
   PyThreadState* state_ = PyEval_SaveThread();
 };
 
+// Takes it back for a while, on the same thread. With the thread's old state: PyGILState_Ensure crashes where the interpreter has ended.
 class WithGil {
  public:
-  WithGil() {
-    take_gil([this] { state_ = PyGILState_Ensure(); });
-  }
+  explicit WithGil(WithoutGil& released) : released_(released) { released_.take(); }
   WithGil(const WithGil&) = delete;
-  ~WithGil() { PyGILState_Release(state_); }
+  ~WithGil() { released_.state_ = PyEval_SaveThread(); }
 
  private:
-  PyGILState_STATE state_;
+  WithoutGil& released_;
 };
 
 // The type called `name`. Throws InputError naming the tensor.
