@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from . import _native
 from .checkpoint import Progress
 from .config import Config
-from .sampling import SamplingParams, is_integer, make_params
+from .sampling import SamplingParams, distinct, is_integer, make_params
 from .sequence import Completion, Prefix, Rows, Running
 from .speculation import Guesses
 from .stream import Stream
@@ -280,7 +280,7 @@ class Gemma:
         if not any(s.params.reshapes for s in live):
             return {"top_k": min(max(needed), vocab)}
         # Guesses that prove right are penalised within the step.
-        also = np.unique(np.concatenate([s.sampler.changed(vocab) for s in live] + [np.asarray(guesses, np.int32)]))
+        also = distinct(np.concatenate([s.sampler.changed(vocab) for s in live] + [np.asarray(guesses, np.int32)]))
         k = min(max(needed), vocab - len(also))
         if len(also) > MOST_CHANGED or k < 1:
             return {}
