@@ -192,18 +192,31 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.parametrize(
-    "call", ["gemma.drop_cache(); gemma.generate([2] * 1000, max_tokens=1)", "gemma.score([2] * 2000)"]
+    "call",
+    [
+        "gemma.drop_cache(); gemma.generate([2] * 1000, max_tokens=1)",
+        "gemma.generate([2] * 20, max_tokens=2)",
+        "gemma.score([2] * 2000)",
+        "Sampler(SamplingParams(repetition_penalty=2.0), [2] * 1000).changed(300)",
+        "Gemma.load(sys.argv[1], device='cpu', threads=1)",
+        "Gemma.load(sys.argv[1], device='cpu', threads=1, weights='int8')",
+    ],
 )
-def test_the_process_may_end_while_a_thread_is_in_the_engine(folder: Path, call: str) -> None:
+def test_the_process_may_end_while_threads_are_in_the_engine(folder: Path, call: str) -> None:
     code = f"""
-import sys, threading, time
-from gemma_native import Gemma
+import ctypes, sys, threading, time
+from gemma_native import Gemma, SamplingParams
+from gemma_native.sampling import Sampler
 gemma = Gemma.load(sys.argv[1], device="cpu", threads=1)
 def work():
     while True:
         {call}
-threading.Thread(target=work, daemon=True).start()
-time.sleep(0.3)
+for _ in range(16):
+    threading.Thread(target=work, daemon=True).start()
+if sys.platform == "linux":  # some time for them after the interpreter's end
+    c = ctypes.CDLL(None)
+    c.__cxa_atexit(c.usleep, 50_000, None)
+time.sleep(0.1)
 print("the end")
 """
     out = run(code, str(folder))
