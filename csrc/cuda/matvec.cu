@@ -1,7 +1,6 @@
 // Products of few rows with a weight matrix: decode, where all that counts is how fast weights stream in. They run on the tensor cores
 // without rounding anything: a float32 activation is the sum of three bf16 values, and a bf16 or quantised weight less its scale is one.
-#include "fragments.h"
-#include "kernels.h"
+#include "product.h"
 
 namespace gemma::gpu {
 
@@ -19,30 +18,6 @@ GEMMA_KERNEL GEMMA_BOUNDS(kMatvecThreads, 2) split_kernel(MatvecArgs a, bool bf1
   split_row(a, block_x(), bf16, minimum, norm, scratch, to);
 }
 
-// A group is 16 rows of W; geglu: 8 of gate and the same 8 of up. Lanes have fragment rows lane / 4 and lane / 4 + 8. Past the end the last row
-// is computed again, and dropped.
-GEMMA_HOST_DEVICE int rows_a_group(const MatvecArgs& a) { return a.after == After::geglu ? 8 : 16; }
-GEMMA_HOST_DEVICE int total_rows(const MatvecArgs& a) {
-  int64_t total = 0;
-  for (int p = 0; p < (a.after == After::geglu ? 1 : a.count); ++p) total += a.parts[p].w.rows;
-  return static_cast<int>(total);
-}
-GEMMA_DEVICE int part_of(const MatvecArgs& a, int& row) {
-  int part = 0;
-  while (part + 1 < a.count && row >= a.parts[part].w.rows) row -= static_cast<int>(a.parts[part++].w.rows);
-  return part;
-}
-template <DType T>
-GEMMA_DEVICE void locate(const MatvecArgs& a, int total, int group, RowAt* at) {
-  GEMMA_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    const bool geglu = a.after == After::geglu;
-    int row = group * rows_a_group(a) + lane() / 4 + (geglu ? 0 : 8 * i);
-    row = row < total ? row : total - 1;
-    const int part = geglu ? i : part_of(a, row);
-    at[i] = row_at<T>(a.parts[part].w, row, lane() % 4);
-  }
-}
 // The same for a group that is `rows` rows of one matrix further on.
 template <DType T>
 GEMMA_DEVICE void advance(int pieces, int rows, RowAt* at) {
@@ -115,13 +90,6 @@ GEMMA_DEVICE void multiply_chunk(const Chunk<T>* w, int c, const Split& x, int f
       }
     }
   }
-}
-
-// A result, and what becomes of it; `row` counts over the parts.
-GEMMA_DEVICE void put(const MatvecArgs& a, int row, int n, float v) {
-  const int part = a.after == After::geglu ? 0 : part_of(a, row);
-  float* out = a.parts[part].out + n * a.parts[part].stride + row;
-  *out = a.after == After::add ? *out + v : v;
 }
 
 // What the warps have of a group's sums, in shared memory [warps][16][8 G], becomes results: for each row of W and row of x the warps in order,
@@ -250,16 +218,6 @@ GEMMA_KERNEL GEMMA_BOUNDS(kMatvecThreads, 1) matvec_kernel(MatvecArgs a, Split x
       if (group >= groups) return;
     }
   }
-}
-
-// Of more weights than this, blocks that begin together read faster: then they pass through the same stretch of W, and few addresses want
-// translating at a time. On an H200, gate and up of the 2B shape in bf16 (134 MB) took 38 us so, and 57 to 62 where blocks began as those
-// of the kernel before ended.
-constexpr int64_t kApart = 48 << 20;
-int64_t weight_bytes(const MatvecArgs& a) {
-  int64_t bytes = 0;
-  for (int p = 0; p < a.count; ++p) bytes += a.parts[p].w.rows * a.parts[p].w.pieces * (a.parts[p].w.more ? 32 : 16);
-  return bytes;
 }
 
 // Shared memory that a row of x takes in each block.
