@@ -130,15 +130,20 @@ void add_emulator(py::module_& t) {
   namespace e = emulator;
   t.def(
       "emulator",
-      [](const std::string& order, uint32_t seed, size_t memory_limit, int64_t fail_after, size_t shared_limit) {
+      [](const std::string& order, uint32_t seed, size_t memory_limit, int64_t fail_after, size_t shared_limit,
+         int processors) {
         GEMMA_CHECK(order == "forward" || order == "reverse" || order == "random", "order is \"", order, "\"");
         e::settings() = {order == "forward"   ? e::Order::forward
                          : order == "reverse" ? e::Order::reverse
                                               : e::Order::random,
-                         seed, memory_limit, fail_after ? e::launches() + fail_after : 0, shared_limit};
+                         seed,
+                         memory_limit,
+                         fail_after ? e::launches() + fail_after : 0,
+                         shared_limit,
+                         processors};
       },
       py::arg("order") = "forward", py::arg("seed") = 1, py::arg("memory_limit") = 0, py::arg("fail_after") = 0,
-      py::arg("shared_limit") = size_t{227 << 10});
+      py::arg("shared_limit") = size_t{227 << 10}, py::arg("processors") = 3);
   t.def("emulator_state", [] {
     py::dict d;
     d["allocated"] = e::allocated();

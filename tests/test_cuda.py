@@ -33,6 +33,7 @@ from make_golden import GOLDEN
 from gemma_native import _native
 from gemma_native.checkpoint import Checkpoint
 from gemma_native.gemma import Gemma
+from gemma_native.weights import open_checkpoint
 
 emulated = hasattr(_native.testing, "emulator")
 DEVICES = ["cuda-emulated"] * emulated + ["cuda"] * (not _native.cuda_status())
@@ -335,6 +336,25 @@ def test_large_batches(get: GetModel, name: str) -> None:
             assert same(batch[i], alone[i]), (n, i)
     ids, _ = m.forward_batch(nexts, caches, top_k=1)
     assert ids[:, 0].tolist() == alone.argmax(1).tolist()
+
+
+@pytest.mark.parametrize("quant", ["BF16", *QUANTISED])
+def test_batches_of_every_encoding(tmp_path: Path, device: str, quant: str) -> None:
+    """Sums of 18 chunks of a row (BF16: 36), two or three of which a warp of `matvec` adds up, in tiles, blocks and orders of many kinds."""
+    c = tiny.write_gguf(tmp_path / "m.gguf", "gemma", quant, intermediate_size=2304, num_hidden_layers=1)
+    alone = None
+    for processors in (3, 132) if device == "cuda-emulated" else (0,):
+        if processors:
+            _native.testing.emulator(processors=processors)
+        m = build(open_checkpoint(c), kv="f32", device=device)
+        if alone is None:
+            alone = np.array([m.forward([5 * i + 2], m.new_cache()) for i in range(11)])
+        for i, n in enumerate((9, 17, 33, 64, 70) if quant in ("BF16", "Q5_K") else (12, 50)):
+            if processors:
+                _native.testing.emulator(order=("forward", "reverse", "random")[i % 3])
+            batch = m.forward_batch([[5 * (j % 11) + 2] for j in range(n)], [m.new_cache() for _ in range(n)])
+            for j in range(n):
+                assert same(batch[j], alone[j % 11]), (processors, n, j)
 
 
 def test_long_rows(speck: Callable[..., Checkpoint], device: str) -> None:

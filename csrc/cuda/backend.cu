@@ -108,8 +108,9 @@ class CudaBackend final : public Backend {
     heads_a_group_ = count(c.num_heads / c.num_kv_heads);
     const int64_t E = c.head_dim, e = round_up(E, 16), heads = c.num_heads + 2 * c.num_kv_heads;
     const int64_t widest = round_up(std::max(c.hidden_size, c.num_heads * E), 32);
-    matvec_scratch_ = reserve(
-        static_cast<int64_t>(matvec_scratch_bytes(std::max({c.hidden_size, c.intermediate_size, c.num_heads * E}))));
+    matvec_scratch_ = reserve(static_cast<int64_t>(
+        matvec_scratch_bytes(std::max({c.hidden_size, c.intermediate_size, c.num_heads * E}),
+                             {heads * E, c.hidden_size, 2 * round_up(c.intermediate_size, 8), c.vocab_size})));
     const size_t block = attend_shared_bytes(heads_a_group_, count(e));
     if (block > device_->shared_limit())
       throw std::runtime_error(device_->name() + ": attention with head_dim " + std::to_string(E) + " and " +
@@ -361,6 +362,7 @@ class CudaBackend final : public Backend {
       a.norm = norm;
       a.eps = eps;
       a.scratch = matvec_scratch_.data();
+      a.scratch_bytes = matvec_scratch_.bytes();
       const DType type = targets[i].w->type;
       for (; i < targets.size() && targets[i].w->type == type; ++i)
         a.parts[a.count++] = {targets[i].w->planes, targets[i].out, targets[i].stride};

@@ -175,6 +175,16 @@ GEMMA_DEVICE void copy16(void* to, const void* from, int valid) {
       "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
       "l"(from), "r"(valid));
 }
+// The same of weights, of which the neighbours are wanted soon.
+GEMMA_DEVICE void copy16_stream(void* to, const void* from, int valid) {
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(from), "r"(valid));
+}
+GEMMA_DEVICE void copy8(void* to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(from));
+}
 GEMMA_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;"); }
 template <int kLeft>
 GEMMA_DEVICE void copy_wait() {
@@ -346,6 +356,8 @@ inline void load_matrices_transposed(uint32_t* r, const void* row) {
 }
 
 inline void copy16(void* to, const void* from, int valid) { emulator::async_copy(to, from, 16, valid); }
+inline void copy16_stream(void* to, const void* from, int valid) { copy16(to, from, valid); }
+inline void copy8(void* to, const void* from) { emulator::async_copy(to, from, 8, 8); }
 inline void copy_commit() { emulator::async_commit(); }
 template <int kLeft>
 void copy_wait() {

@@ -4,6 +4,7 @@
 #include "cublas.cu"
 #include "flash.cu"
 #include "layout.cu"
+#include "matmany.cu"
 #include "matmul.cu"
 #include "matvec.cu"
 #include "pointwise.cu"

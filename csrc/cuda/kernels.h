@@ -65,9 +65,11 @@ struct MatvecArgs {
   int n = 0, cols = 0;
   const float* norm = nullptr;  // x is normed by it first; null: taken as it is
   float eps = 0;
-  uint8_t* scratch = nullptr;  // matvec_scratch_bytes(cols): for more rows than one, or a long one
+  uint8_t* scratch = nullptr;  // matvec_scratch_bytes(cols, ..): for more rows than one, or a long one
+  size_t scratch_bytes = 0;
 };
-size_t matvec_scratch_bytes(int64_t cols);
+// `rows`: of matrices, some of which want more scratch in a batch.
+size_t matvec_scratch_bytes(int64_t cols, std::initializer_list<int64_t> rows);
 void matvec(Device& d, DType type, const MatvecArgs& a);
 
 // ---- matmul.cu ----

@@ -8,14 +8,17 @@ namespace {
 
 constexpr int kSliceRows = 64;  // rows of x a launch, which bounds the scratch
 
-// Bytes: x once, its parts once. Layout: a block a row.
+// Bytes: x once, its parts once. Layout: a block a row, or without a norm, for which nobody needs the whole row, 2048 values of it.
 GEMMA_KERNEL GEMMA_BOUNDS(kMatvecThreads, 2) split_kernel(MatvecArgs a, bool bf16, bool minimum, Split to) {
   GEMMA_SHARED(float, scratch, kMatvecWarps);
   Float4 norm[kUnits];
   allow_next();
   if (a.norm) load_units(a.norm, thread_x(), a.cols, norm);
   wait_for_previous();
-  split_row(a, block_x(), bf16, minimum, norm, scratch, to);
+  if (a.norm) return split_row(a, block_x(), bf16, minimum, norm, scratch, to);
+  const int n = block_x(), u = block_y() * kMatvecThreads + thread_x();
+  const float* x = a.x + (a.pick ? a.pick[n] : n) * a.x_stride;
+  if (u < padded(a.cols) / 4) split_unit(load_four(x, 4 * u, a.cols), u, n, bf16, minimum, to);
 }
 
 // The same for a group that is `rows` rows of one matrix further on.
@@ -237,6 +240,10 @@ void launch_product(Device& d, const MatvecArgs& a, const Split& x) {
                x);
 }
 
+size_t scratch_of_x(int64_t cols) {
+  return static_cast<size_t>(split_bytes(cols, kSliceRows) + sums_bytes(cols, kSliceRows));
+}
+
 struct Matvec {
   Device& d;
   MatvecArgs a;
@@ -255,9 +262,14 @@ struct Matvec {
       for (int p = 0; p < a.count; ++p)
         if (a.parts[p].out) s.parts[p].out = a.parts[p].out + first * a.parts[p].stride;
       const Split x{reinterpret_cast<uint16_t*>(a.scratch),
-                    reinterpret_cast<float*>(a.scratch + split_bytes(a.cols, kSliceRows)), s.n * kParts};
-      d.launch("split", split_kernel, {s.n}, kMatvecThreads, 0, s, T == DType::BF16, minimum, x);
-      if (s.n <= 2)
+                    reinterpret_cast<float*>(a.scratch + split_bytes(a.cols, kSliceRows)),
+                    s.n > kRowsABlock ? (s.n * kParts + 3) / 4 * 4 : s.n * kParts};
+      const int of_row = a.norm ? 1 : static_cast<int>((padded(a.cols) / 4 + kMatvecThreads - 1) / kMatvecThreads);
+      d.launch("split", split_kernel, {s.n, of_row}, kMatvecThreads, 0, s, T == DType::BF16, minimum, x);
+      const size_t used = scratch_of_x(a.cols);
+      if (s.n > kRowsABlock)
+        matmany(d, T, s, x, a.scratch + used, a.scratch_bytes - used);
+      else if (s.n <= 2)
         launch_product<T, 1, false>(d, s, x);
       else if (s.n <= 5)
         launch_product<T, 2, false>(d, s, x);
@@ -269,8 +281,10 @@ struct Matvec {
 
 }  // namespace
 
-size_t matvec_scratch_bytes(int64_t cols) {
-  return static_cast<size_t>(split_bytes(cols, kSliceRows) + sums_bytes(cols, kSliceRows));
+size_t matvec_scratch_bytes(int64_t cols, std::initializer_list<int64_t> rows) {
+  size_t most = 0;
+  for (int64_t r : rows) most = std::max(most, matmany_scratch_bytes(r));
+  return scratch_of_x(cols) + most;
 }
 
 void matvec(Device& d, DType type, const MatvecArgs& a) { with_type(type, Matvec{d, a}); }

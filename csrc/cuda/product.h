@@ -1,4 +1,4 @@
-// What the kernels of products of few rows (matvec.cu) have in common: groups of rows of W, and what becomes of results.
+// What the kernels of products of few rows, matvec.cu and matmany.cu, have in common: groups of rows of W, and what becomes of results.
 #pragma once
 
 #include "fragments.h"
@@ -50,5 +50,12 @@ inline int64_t weight_bytes(const MatvecArgs& a) {
   for (int p = 0; p < a.count; ++p) bytes += a.parts[p].w.rows * a.parts[p].w.pieces * (a.parts[p].w.more ? 32 : 16);
   return bytes;
 }
+
+// ---- matmany.cu ------------------------------------------------------------------------------------------------------------
+
+// More rows of x than a block of `matvec` takes, up to 64, whose parts are in x: columns a multiple of 4, garbage behind the last. `sums`:
+// `room` bytes, of which matmany_scratch_bytes(rows) are enough to share out the work on so many rows of W best.
+size_t matmany_scratch_bytes(int64_t rows);
+void matmany(Device& d, DType type, const MatvecArgs& a, const Split& x, uint8_t* sums, size_t room);
 
 }  // namespace gemma::gpu

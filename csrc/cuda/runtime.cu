@@ -117,7 +117,11 @@ void Device::replay(const Graph& g) { check(cudaGraphLaunch(g.exec, stream_), "l
 
 std::string status() { return ""; }
 
-Device::Device(int index) : name_("cuda-emulated"), index_(index), shared_limit_(emulator::settings().shared_limit) {}
+Device::Device(int index)
+    : name_("cuda-emulated"),
+      index_(index),
+      processors_(emulator::settings().processors),
+      shared_limit_(emulator::settings().shared_limit) {}
 Device::~Device() = default;
 void Device::use() const {}
 

@@ -109,7 +109,7 @@ class Device {
  private:
   std::string name_;
   int index_ = 0;
-  int processors_ = 3;
+  int processors_ = 0;
   size_t shared_limit_ = 227 << 10;
 #if defined(__CUDACC__)
   cudaStream_t stream_ = nullptr;

@@ -24,9 +24,11 @@ enum class Order { forward, reverse, random };
 struct Settings {
   Order order = Order::forward;
   uint32_t seed = 1;
-  size_t memory_limit = 0;          // bytes of device memory; 0: no limit
-  int64_t fail_launch = 0;          // the launch that fails, counted from 1; 0: none
-  size_t shared_limit = 227 << 10;  // bytes of shared memory that devices made from now on say a block may have
+  size_t memory_limit = 0;  // bytes of device memory; 0: no limit
+  int64_t fail_launch = 0;  // the launch that fails, counted from 1; 0: none
+  // What devices made from now on say: bytes of shared memory that a block may have, and multiprocessors.
+  size_t shared_limit = 227 << 10;
+  int processors = 3;
 };
 Settings& settings();
 
