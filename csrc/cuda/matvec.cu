@@ -37,7 +37,7 @@ GEMMA_DEVICE void advance(int pieces, int rows, RowAt* at) {
 
 // acc[j] += chunk c of 16 rows of W times columns 8 j to 8 j + 7 of x.
 template <DType T, int G>
-GEMMA_DEVICE void multiply_chunk(const Chunk<T>* w, int c, const Split& x, int first, int columns, float (*acc)[4]) {
+GEMMA_DEVICE void multiply_chunk(const Chunk<T>* w, int c, const Split& x, int columns, float (*acc)[4]) {
   constexpr int kPieces = T == DType::BF16 ? 2 : 4;  // of 32 values
   const int column = lane() / 4, q = lane() % 4;
   GEMMA_UNROLL
@@ -68,7 +68,7 @@ GEMMA_DEVICE void multiply_chunk(const Chunk<T>* w, int c, const Split& x, int f
       for (int j = 0; j < G; ++j) {
         Word2 fx = {0, 0};
         if (column + 8 * j < columns)
-          fx = *reinterpret_cast<const Word2*>(x.units + ((at * x.columns + first + column + 8 * j) * 4 + q) * 4);
+          fx = *reinterpret_cast<const Word2*>(x.units + ((at * x.columns + column + 8 * j) * 4 + q) * 4);
         const uint32_t pair[2] = {fx.x, fx.y};
         if constexpr (T == DType::BF16)
           mma(acc[j], fw, pair);
@@ -86,7 +86,7 @@ GEMMA_DEVICE void multiply_chunk(const Chunk<T>* w, int c, const Split& x, int f
         GEMMA_UNROLL
         for (int i = 0; i < 2; ++i) {
           const int at = 2 * q + i + 8 * j;
-          const float sums = at < columns ? x.sums[(c * kPieces + b) * x.columns + first + at] : 0.0f;
+          const float sums = at < columns ? x.sums[(c * kPieces + b) * x.columns + at] : 0.0f;
           acc[j][i] = multiply_add(s[0].minimum, sums, acc[j][i]);
           acc[j][i + 2] = multiply_add(s[1].minimum, sums, acc[j][i + 2]);
         }
@@ -98,7 +98,7 @@ GEMMA_DEVICE void multiply_chunk(const Chunk<T>* w, int c, const Split& x, int f
 // What the warps have of a group's sums, in shared memory [warps][16][8 G], becomes results: for each row of W and row of x the warps in order,
 // then the parts. kOne: a thread a part, which is why there are four lanes a row.
 template <int G, bool kOne>
-GEMMA_DEVICE void finish(const MatvecArgs& a, int total, int group, int first, int rows, const float* sums) {
+GEMMA_DEVICE void finish(const MatvecArgs& a, int total, int group, const float* sums) {
   const bool geglu = a.after == After::geglu;
   auto part_sum = [&](int row, int column) {
     float s = 0;
@@ -118,12 +118,12 @@ GEMMA_DEVICE void finish(const MatvecArgs& a, int total, int group, int first, i
     if (part == 0 && row < total && !(geglu && i % 2)) put(a, row, 0, geglu ? gelu(s) * up : s);
   } else {
     const int per = geglu ? 8 : 16;
-    for (int o = thread_x(); o < per * rows; o += kMatvecThreads) {
+    for (int o = thread_x(); o < per * a.n; o += kMatvecThreads) {
       const int i = o % per, n = o / per, row = group * per + i;
       auto sum = [&](int of) {
         return part_sum(of, n * kParts) + part_sum(of, n * kParts + 1) + (part_sum(of, n * kParts + 2) + 0.0f);
       };
-      if (row < total) put(a, row, first + n, geglu ? gelu(sum(i)) * sum(i + 8) : sum(i));
+      if (row < total) put(a, row, n, geglu ? gelu(sum(i)) * sum(i + 8) : sum(i));
     }
   }
 }
@@ -139,14 +139,12 @@ GEMMA_HOST_DEVICE constexpr int depth() {
 // memory (kOne: a single row, which each block splits itself) or through L1.
 // Layout: a block a multiprocessor, each with every blocks_x()-th group. A group's 16 rows of W and 8 columns of x are fragments of m16n8k16:
 // three columns a row of x. Warp w takes chunks w, w + 16, ... along K and asks for `depth` of them ahead, those of the next groups too; the
-// warps' sums meet in shared memory. A result's order of additions depends on cols alone. Blocks (i, 0), (i, 1), ... have the same rows of W and
-// the next 8 rows of x each: one of them brings a piece of W from memory and the others find it in L2.
+// warps' sums meet in shared memory. A result's order of additions depends on cols alone.
 template <DType T, int G, bool kOne>
 GEMMA_KERNEL GEMMA_BOUNDS(kMatvecThreads, 1) matvec_kernel(MatvecArgs a, Split x) {
   constexpr int kDepth = depth<T, G>();
   GEMMA_DYNAMIC_SHARED(dynamic);
   auto* sums = reinterpret_cast<float*>(dynamic);  // [2][warps][16][8 G]
-  const int first = kOne ? 0 : block_y() * kRowsABlock, rows = a.n - first < kRowsABlock ? a.n - first : kRowsABlock;
   const int pieces = static_cast<int>(a.parts[0].w.pieces), total = total_rows(a);
   const int chunks = (a.cols + chunk_values(T) - 1) / chunk_values(T),
             turns = (chunks + kMatvecWarps - 1) / kMatvecWarps;
@@ -201,7 +199,7 @@ GEMMA_KERNEL GEMMA_BOUNDS(kMatvecThreads, 1) matvec_kernel(MatvecArgs a, Split x
     GEMMA_UNROLL
     for (int i = 0; i < kDepth; ++i) {
       const int c = turn * kMatvecWarps + warp();
-      if (c < chunks) multiply_chunk<T, G>(w[i], c, x, first * kParts, rows * kParts, acc);
+      if (c < chunks) multiply_chunk<T, G>(w[i], c, x, a.n * kParts, acc);
       ask(w[i]);
       if (++turn == turns) {
         float* mine = sums + (half * kMatvecWarps + warp()) * 16 * 8 * G;
@@ -212,7 +210,7 @@ GEMMA_KERNEL GEMMA_BOUNDS(kMatvecThreads, 1) matvec_kernel(MatvecArgs a, Split x
             mine[(lane() / 4 + k / 2 * 8) * 8 * G + 8 * j + lane() % 4 * 2 + k % 2] = acc[j][k];
         }
         sync_block();  // the other half of `sums` is written next: one barrier a group is enough
-        finish<G, kOne>(a, total, group, first, rows, sums + half * kMatvecWarps * 16 * 8 * G);
+        finish<G, kOne>(a, total, group, sums + half * kMatvecWarps * 16 * 8 * G);
         group += blocks_x();
         turn = 0;
         half ^= 1;
@@ -233,11 +231,9 @@ template <DType T, int G, bool kOne>
 void launch_product(Device& d, const MatvecArgs& a, const Split& x) {
   size_t shared = 2 * kMatvecWarps * 16 * 8 * G * sizeof(float);
   if (kOne) shared += one_row_bytes<T>(a.cols);
-  const int of_x = kOne ? 1 : (a.n + kRowsABlock - 1) / kRowsABlock;
   const int per = rows_a_group(a), groups = (total_rows(a) + per - 1) / per;
-  const int at_once = d.processors() / of_x, of_w = groups < at_once ? groups : at_once < 1 ? 1 : at_once;
-  d.launch_one("matvec", matvec_kernel<T, G, kOne>, {of_w, of_x}, kMatvecThreads, shared, weight_bytes(a) > kApart, a,
-               x);
+  d.launch_one("matvec", matvec_kernel<T, G, kOne>, {std::min(groups, d.processors())}, kMatvecThreads, shared,
+               weight_bytes(a) > kApart, a, x);
 }
 
 size_t scratch_of_x(int64_t cols) {
