@@ -69,7 +69,8 @@ struct Rows {
   std::vector<Span> spans;      // cover [0, N) in order
 };
 
-constexpr int64_t kMaxRows = 512;  // rows a pass; also how far a sliding layer's ring reaches behind its window
+constexpr int64_t kMaxRows =
+    512;  // rows a pass, as a rule; also how far a sliding layer's ring reaches behind its window
 constexpr int64_t kKeyBlock = 64;  // keys an attention block: starts at absolute multiples of this
 
 struct LayerWeights {
@@ -125,8 +126,8 @@ class Backend {
   virtual void resize(Buffer& buffer, int64_t floats) = 0;
   virtual std::unique_ptr<KvStore> new_kv(const Config& config, const KvShape& shape) = 0;
 
-  // After the last matrix is loaded: memory for passes may be allocated now. Returns how many rows the caller's buffers are to hold
-  // from the start; 0: they may grow.
+  // After the last matrix is loaded: memory for passes may be allocated now. Returns how many rows a pass has at most,
+  // which the caller's buffers are to hold from the start; 0: kMaxRows, and buffers may grow.
   virtual int64_t prepare(const Config&) { return 0; }
   // Runs `body`, the operations from `embed` to the `logits` or `top_k` that is `wanted` of these rows, or a recording of an earlier one
   // alike. Results are there when it returns.

@@ -141,7 +141,9 @@ Model::Model(const Config& config, const std::map<std::string, HostTensor>& tens
   x_ = backend_->new_buffer();
   q_ = backend_->new_buffer();
   attended_ = backend_->new_buffer();
-  resize_buffers(backend_->prepare(c));
+  const int64_t most = backend_->prepare(c);
+  if (most) most_rows_ = most;
+  resize_buffers(most);
 }
 
 size_t Model::weight_bytes() const {
@@ -243,12 +245,12 @@ void Model::forward(const std::vector<std::vector<int32_t>>& tokens, const std::
   std::vector<int64_t> done(batch, 0);
   for (bool more = true; more;) {
     poll();
-    // The next chunk: up to kMaxRows rows, filled sequence by sequence.
+    // The next chunk: up to most_rows_ rows, filled sequence by sequence.
     Rows rows;
     std::vector<size_t> owner;
-    for (size_t i = 0; i < batch && rows.n < kMaxRows; ++i) {
+    for (size_t i = 0; i < batch && rows.n < most_rows_; ++i) {
       const int64_t left = static_cast<int64_t>(tokens[i].size()) - done[i];
-      const int64_t count = std::min(left, kMaxRows - rows.n);
+      const int64_t count = std::min(left, most_rows_ - rows.n);
       if (count == 0) continue;
       rows.spans.push_back({caches[i]->store_.get(), rows.n, count, caches[i]->length_});
       rows.tokens.insert(rows.tokens.end(), tokens[i].begin() + done[i], tokens[i].begin() + done[i] + count);

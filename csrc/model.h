@@ -86,6 +86,7 @@ class Model {
   bool kv_f32_;
   std::vector<int64_t> rings_;  // a layer's ring, 0 for full attention
   int64_t ring_ = 0;
+  int64_t most_rows_ = kMaxRows;  // a pass
   std::unique_ptr<Matrix> embedding_;
   std::unique_ptr<Buffer> final_norm_;
   std::vector<LayerWeights> layers_;

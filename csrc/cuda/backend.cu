@@ -47,6 +47,8 @@ const GpuMatrix& gpu_matrix(const Matrix& m) { return static_cast<const GpuMatri
 
 constexpr int64_t kListed = 64;  // places for listed ids, at least
 constexpr size_t kGraphs = 64;
+constexpr int64_t kManyRows = 2048;                 // rows a pass on a device with
+constexpr int64_t kMuchMemory = int64_t{20} << 30;  // bytes
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -104,6 +106,8 @@ class CudaBackend final : public Backend {
   int64_t prepare(const Config& c) override {
     device_->use();
     vocab_ = c.vocab_size;
+    // More rows a pass fill the GPU better, and want memory. Rings of sliding layers are made for kMaxRows.
+    const int64_t rows = c.sliding_window || device_->memory() < kMuchMemory ? kMaxRows : kManyRows;
     head_dim_ = count(c.head_dim);
     heads_a_group_ = count(c.num_heads / c.num_kv_heads);
     const int64_t E = c.head_dim, e = round_up(E, 16), heads = c.num_heads + 2 * c.num_kv_heads;
@@ -117,21 +121,21 @@ class CudaBackend final : public Backend {
                                std::to_string(heads_a_group_) + " heads a group needs " + std::to_string(block) +
                                " bytes of shared memory a block; this GPU has " +
                                std::to_string(device_->shared_limit()) + "; use device=\"cpu\"");
-    inputs_ = reserve(kMaxRows * static_cast<int64_t>(sizeof(Row) + 4) + 4 + c.vocab_size * 4);
-    tiles_ = reserve(kMaxRows * static_cast<int64_t>(sizeof(Tile)));
-    qkv_ = reserve(kMaxRows * heads * E * 4);
-    y_ = reserve(kMaxRows * c.hidden_size * 4);
-    gate_ = reserve(kMaxRows * round_up(c.intermediate_size, 32) * 4);
-    up_ = reserve(kMaxRows * round_up(c.intermediate_size, 32) * 4);
-    packed_ = reserve(kMaxRows * widest * 2);
+    inputs_ = reserve(rows * static_cast<int64_t>(sizeof(Row) + 4) + 4 + c.vocab_size * 4);
+    tiles_ = reserve(rows * static_cast<int64_t>(sizeof(Tile)));
+    qkv_ = reserve(rows * heads * E * 4);
+    y_ = reserve(rows * c.hidden_size * 4);
+    gate_ = reserve(rows * round_up(c.intermediate_size, 32) * 4);
+    up_ = reserve(rows * round_up(c.intermediate_size, 32) * 4);
+    packed_ = reserve(rows * widest * 2);
     logits_ = reserve(kHeadRows * c.vocab_size * 4);
     // Every k for a row, a k of 64 for all rows of logits at once.
     const int64_t slab = slab_size(count(c.vocab_size)), slabs = (c.vocab_size + slab - 1) / slab;
     candidates_ =
         reserve(std::max(c.vocab_size + slab, kHeadRows * slabs * 64) * static_cast<int64_t>(sizeof(Candidate)));
-    results_ = reserve(std::max(2 * c.vocab_size + kListed, kMaxRows * 256) * 4);
+    results_ = reserve(std::max(2 * c.vocab_size + kListed, rows * 256) * 4);
     const int64_t row = c.num_heads * most_splits(c) * (e + 2) * 4;
-    partial_ = reserve(std::max(row, std::min<int64_t>(64 << 20, row * kMaxRows)));
+    partial_ = reserve(std::max(row, std::min<int64_t>(64 << 20, row * rows)));
     for (const auto& [base, scale] : {std::pair(c.rope_base, c.rope_scale), std::pair(c.rope_base_local, 1.0f)}) {
       const std::vector<float> f = rope_frequencies(base, scale, E);
       Memory& m = frequencies_[{base, scale}] = reserve(E * 2);
@@ -139,7 +143,7 @@ class CudaBackend final : public Backend {
     }
     device_->wait("upload of weights");
     if (!deterministic_) prepare_cublas(c.vocab_size);
-    return kMaxRows;
+    return rows;
   }
 
   std::unique_ptr<KvStore> new_kv(const Config& c, const KvShape& shape) override {
@@ -519,7 +523,8 @@ class CudaBackend final : public Backend {
   int head_dim_ = 0, heads_a_group_ = 1;
   std::once_flag shaped_;
   std::vector<KvLayer> kv_;  // a layer each
-  Memory inputs_, tiles_, qkv_, y_, gate_, up_, packed_, logits_, candidates_, results_, partial_, matvec_scratch_;
+  Memory inputs_, tiles_, qkv_, y_, gate_, up_, packed_, logits_, candidates_, results_, partial_, ended_,
+      matvec_scratch_;
   Memory as_bf16_;                                         // a quantised matrix, for cuBLASLt
   std::vector<uint8_t> host_;                              // what goes to inputs_ or comes from results_
   std::map<std::pair<float, float>, Memory> frequencies_;  // by base and scale

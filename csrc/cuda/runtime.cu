@@ -42,6 +42,7 @@ Device::Device(int index) : index_(index) {
                              std::to_string(p.major) + "." + std::to_string(p.minor) + "; 8.0 or later is needed");
   processors_ = p.multiProcessorCount;
   shared_limit_ = p.sharedMemPerBlockOptin;
+  memory_ = static_cast<int64_t>(p.totalGlobalMem);
   int driver = 0;
   check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
   overlaps_ = p.major >= 9 && driver >= 12030;  // earlier drivers cannot have it in a graph

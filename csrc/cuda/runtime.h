@@ -53,6 +53,7 @@ class Device {
   const std::string& name() const { return name_; }
   int processors() const { return processors_; }
   size_t shared_limit() const { return shared_limit_; }  // bytes a block may have
+  int64_t memory() const { return memory_; }             // bytes of the device
 #if defined(__CUDACC__)
   cudaStream_t stream() const { return stream_; }
 #endif
@@ -111,6 +112,7 @@ class Device {
   int index_ = 0;
   int processors_ = 0;
   size_t shared_limit_ = 227 << 10;
+  int64_t memory_ = 0;
 #if defined(__CUDACC__)
   cudaStream_t stream_ = nullptr;
   bool overlaps_ = false;  // kernels may start while the one before ends
