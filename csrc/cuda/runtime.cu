@@ -48,12 +48,18 @@ Device::Device(int index) : index_(index) {
   overlaps_ = p.major >= 9 && driver >= 12030;  // earlier drivers cannot have it in a graph
   use();
   check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
+  void* pinned = nullptr;
+  if (cudaMallocHost(&pinned, kPinned) == cudaSuccess)
+    pinned_ = static_cast<uint8_t*>(pinned);
+  else
+    cudaGetLastError();  // copies go on without
 }
 
 Device::~Device() {
   if (!stream_) return;
   cudaSetDevice(index_);
   cudaStreamDestroy(stream_);
+  if (pinned_) cudaFreeHost(pinned_);
 }
 
 void Device::use() const { check(cudaSetDevice(index_), "cudaSetDevice"); }
@@ -79,19 +85,28 @@ void Device::release(void* p) noexcept {
   cudaFree(p);
 }
 
-// On the stream, so that they are in order with kernels, and waited for: the host's memory is pageable.
+// On the stream, so that they are in order with kernels. Of pageable memory what is copied from has been read when the call returns.
 void Device::upload(void* to, const void* from, size_t bytes) {
+  if (pinned_ && bytes <= kPinned - pinned_used_) {
+    from = std::memcpy(pinned_ + pinned_used_, from, bytes);
+    pinned_used_ += bytes;
+  }
   check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_), "copy to the device");
 }
 void Device::download(void* to, const void* from, size_t bytes) {
-  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream_), "copy from the device");
+  void* pinned = pinned_ && bytes <= kPinned - pinned_used_ ? pinned_ + pinned_used_ : nullptr;
+  check(cudaMemcpyAsync(pinned ? pinned : to, from, bytes, cudaMemcpyDeviceToHost, stream_), "copy from the device");
   wait("copy from the device");
+  if (pinned) std::memcpy(to, pinned, bytes);
 }
 void Device::copy(void* to, const void* from, size_t bytes) {
   check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream_), "copy on the device");
 }
 void Device::zero(void* to, size_t bytes) { check(cudaMemsetAsync(to, 0, bytes, stream_), "clear device memory"); }
-void Device::wait(const char* operation) { check(cudaStreamSynchronize(stream_), operation); }
+void Device::wait(const char* operation) {
+  check(cudaStreamSynchronize(stream_), operation);
+  pinned_used_ = 0;
+}
 
 std::unique_ptr<Graph> Device::record(const std::function<void()>& body) {
   cudaGraph_t graph = nullptr;
