@@ -422,8 +422,9 @@ Plan plan_of(const Device& d, const MatvecArgs& a, int of_x, size_t room) {
   using S = Stage<T, G>;
   const int per = rows_a_group(a), groups = (total_rows(a) + per - 1) / per;
   const int chunks = (a.cols + chunk_values(T) - 1) / chunk_values(T), classes = std::min(chunks, kClasses);
-  constexpr double kOfL2 = 0.8;       // a byte from L2
-  constexpr double kOfFragment = 35;  // a multiplication of fragments
+  constexpr double kOfL2 = 0.8;  // a byte from L2
+  constexpr double kOfFragment =
+      T == DType::BF16 ? 700 : 900;  // a multiplication of fragments, of one warp after another
   constexpr double kOfBegin = 50e3, kOfKernel = 70e3;
   const size_t limit = std::max<size_t>(d.shared_limit(), 99 << 10);  // as much as every GPU from 8.0 on has
   Plan best;
@@ -445,7 +446,7 @@ Plan plan_of(const Device& d, const MatvecArgs& a, int of_x, size_t room) {
       const int units = p.tiles * p.subsets * of_x, rounds = (units + d.processors() - 1) / d.processors();
       const double steps = p.per * ((chunks + kClasses - 1) / kClasses);
       const double bytes = steps * (warps * S::kWarp + kOfL2 * (S::kUnits + S::kSums));
-      const double products = steps * S::kSteps * kPair * G * std::max(warps, 4) * kOfFragment;
+      const double products = steps * S::kSteps * kPair * G * kOfFragment;
       const double sums = p.subsets > 1 ? kOfL2 * p.per * warps * kPair * G * 512 : 0;
       const double again = p.subsets > 1 ? kOfL2 * sums_left<G>(classes, groups, of_x) / d.processors() + kOfKernel : 0;
       const double cost = kOfBegin + rounds * (std::max(bytes, products) * (p.stages == 2 ? 1.5 : 1) + sums) + again;
