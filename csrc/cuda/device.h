@@ -111,6 +111,10 @@ GEMMA_DEVICE int block_z() { return static_cast<int>(blockIdx.z); }
 GEMMA_DEVICE int blocks_x() { return static_cast<int>(gridDim.x); }
 GEMMA_DEVICE void sync_block() { __syncthreads(); }
 GEMMA_DEVICE void sync_warp() { __syncwarp(); }
+// What this thread, and those that met it at a barrier, wrote before is seen by blocks that see what it writes after.
+GEMMA_DEVICE void fence() { __threadfence(); }
+// ++*count, for any number of blocks; the value before.
+GEMMA_DEVICE uint32_t count_up(uint32_t* count) { return atomicAdd(count, 1u); }
 GEMMA_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 GEMMA_DEVICE int shuffle_xor(int x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
@@ -135,6 +139,17 @@ GEMMA_DEVICE Word4 load_stream(const void* p) {
 }
 
 GEMMA_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t s) { return __byte_perm(a, b, s); }
+// (a & mask) | bits and (~a & mask) | bits as one instruction, of which the compiler makes two where both are constants.
+GEMMA_DEVICE uint32_t masked_or(uint32_t a, uint32_t mask, uint32_t bits) {
+  uint32_t r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(a), "r"(mask), "r"(bits));
+  return r;
+}
+GEMMA_DEVICE uint32_t masked_not_or(uint32_t a, uint32_t mask, uint32_t bits) {
+  uint32_t r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xae;" : "=r"(r) : "r"(a), "r"(mask), "r"(bits));
+  return r;
+}
 // Two sums of bf16 values, rounded to nearest even.
 GEMMA_DEVICE uint32_t add_pairs(uint32_t a, uint32_t b) {
   uint32_t r;
@@ -227,6 +242,8 @@ inline int block_y() { return emulator::thread().block.y; }
 inline int block_z() { return emulator::thread().block.z; }
 inline int blocks_x() { return emulator::thread().grid.x; }
 inline void sync_block() { emulator::barrier(); }
+inline void fence() {}
+inline uint32_t count_up(uint32_t* count) { return (*count)++; }
 inline void sync_warp() {
   emulator::collective([](void* const*) {}, nullptr, "sync_warp");
 }
@@ -287,6 +304,9 @@ inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t s) {
   for (int i = 0; i < 4; ++i) r |= static_cast<uint32_t>(both >> 8 * (s >> 4 * i & 7) & 255) << 8 * i;
   return r;
 }
+
+inline uint32_t masked_or(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) | bits; }
+inline uint32_t masked_not_or(uint32_t a, uint32_t mask, uint32_t bits) { return (~a & mask) | bits; }
 
 inline uint32_t add_pairs(uint32_t a, uint32_t b) {
   auto half = [](uint32_t x, int i) { return float_of_bf16(static_cast<uint16_t>(x >> 16 * i)); };

@@ -7,6 +7,7 @@
 #include "matmany.cu"
 #include "matmul.cu"
 #include "matvec.cu"
+#include "onerow.cu"
 #include "pointwise.cu"
 #include "probes.cu"
 #include "runtime.cu"

@@ -99,29 +99,28 @@ GEMMA_DEVICE void fragment(const Chunk<T>& v, int b, int half, uint32_t* pairs) 
     pairs[0] = half ? w.z : w.x;
     pairs[1] = half ? w.w : w.y;
   } else if constexpr (T == DType::Q8_0) {
-    float f[4];
-    bytes_to_floats<T>(word_of(half ? v.more : v.low, b), f);
-    // Integers below 256 lose nothing with the lower half of their float.
-    pairs[0] = byte_permute(float_bits(f[0]), float_bits(f[2]), 0x7632);
-    pairs[1] = byte_permute(float_bits(f[1]), float_bits(f[3]), 0x7632);
+    // u = value + 128: 128 and its lower seven bits, less 128 or, where the highest is 0, 256.
+    const uint32_t even = word_of(half ? v.more : v.low, b), odd = even >> 8;
+    pairs[0] = add_pairs(masked_or(even, 0x007f007fu, 0x43004300u), masked_not_or(even, 0x00800080u, 0xc300c300u));
+    pairs[1] = add_pairs(masked_or(odd, 0x007f007fu, 0x43004300u), masked_not_or(odd, 0x00800080u, 0xc300c300u));
   } else {
     const uint32_t w = word_of(v.low, b) >> 4 * half;
-    uint32_t even = w & 0x000f000fu, odd = w >> 8 & 0x000f000fu;
+    // 0x4300 is 128 in bf16, and its lowest bit 1.
+    uint32_t even = masked_or(w, 0x000f000fu, 0x43004300u), odd = masked_or(w >> 8, 0x000f000fu, 0x43004300u);
     if constexpr (high_bytes(T) == 4) {
       const int bit = 4 * b + 2 * half;
-      even |= shifted(v.high.x, bit, 4) & 0x00100010u;
-      odd |= shifted(v.high.x, bit + 1, 4) & 0x00100010u;
+      even = masked_or(shifted(v.high.x, bit, 4), 0x00100010u, even);
+      odd = masked_or(shifted(v.high.x, bit + 1, 4), 0x00100010u, odd);
     }
     if constexpr (high_bytes(T) == 8) {
       const uint32_t h = b < 2 ? v.high.x : v.high.y;
       const int bit = b % 2 * 8 + 4 * half;
-      even |= shifted(h, bit, 4) & 0x00300030u;
-      odd |= shifted(h, bit + 2, 4) & 0x00300030u;
+      even = masked_or(shifted(h, bit, 4), 0x00300030u, even);
+      odd = masked_or(shifted(h, bit + 2, 4), 0x00300030u, odd);
     }
-    // 0x4300 is 128 in bf16, and its lowest bit 1.
     constexpr uint32_t less = bf16_bits_of_integer(-128 - value_offset(T)) * 0x10001u;
-    pairs[0] = add_pairs(even | 0x43004300u, less);
-    pairs[1] = add_pairs(odd | 0x43004300u, less);
+    pairs[0] = add_pairs(even, less);
+    pairs[1] = add_pairs(odd, less);
   }
 }
 

@@ -1,5 +1,4 @@
-// Products of few rows with a weight matrix: decode, where all that counts is how fast weights stream in. They run on the tensor cores
-// without rounding anything: a float32 activation is the sum of three bf16 values, and a bf16 or quantised weight less its scale is one.
+// Products of 2 to 8 rows with a weight matrix: decode of small batches. As in onerow.cu, but for where x comes from: its parts are there.
 #include "product.h"
 
 namespace gemma::gpu {
@@ -21,110 +20,16 @@ GEMMA_KERNEL GEMMA_BOUNDS(kMatvecThreads, 2) split_kernel(MatvecArgs a, bool bf1
   if (u < padded(a.cols) / 4) split_unit(load_four(x, 4 * u, a.cols), u, n, bf16, minimum, to);
 }
 
-// The same for a group that is `rows` rows of one matrix further on.
-template <DType T>
-GEMMA_DEVICE void advance(int pieces, int rows, RowAt* at) {
-  const int64_t by = static_cast<int64_t>(rows) * pieces;
-  GEMMA_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    at[i].low += by * 16;
-    if constexpr (T == DType::Q8_0) at[i].more += by * 16;
-    if constexpr (high_bytes(T) > 0) at[i].high += by * high_bytes(T);
-    if constexpr (T != DType::BF16) at[i].scales += by * (T == DType::Q4_1 || T == DType::Q5_1 ? 4 : 2);
-    if constexpr (T == DType::Q6_K) at[i].super += by / 4;
-  }
-}
-
-// acc[j] += chunk c of 16 rows of W times columns 8 j to 8 j + 7 of x.
-template <DType T, int G>
-GEMMA_DEVICE void multiply_chunk(const Chunk<T>* w, int c, const Split& x, int columns, float (*acc)[4]) {
-  constexpr int kPieces = T == DType::BF16 ? 2 : 4;  // of 32 values
-  const int column = lane() / 4, q = lane() % 4;
-  GEMMA_UNROLL
-  for (int b = 0; b < kPieces; ++b) {
-    float sum[G][4];  // of quantised weights, before their scales
-    Scales s[2];
-    if constexpr (T != DType::BF16) {
-      s[0] = chunk_scales<T>(w[0], c, b);
-      s[1] = chunk_scales<T>(w[1], c, b);
-    }
-    auto close = [&](float upper, float lower) {
-      GEMMA_UNROLL
-      for (int j = 0; j < G; ++j) {
-        GEMMA_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          acc[j][i] = multiply_add(i < 2 ? upper : lower, sum[j][i], acc[j][i]);
-        }
-      }
-    };
-    GEMMA_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      uint32_t upper[2], lower[2];
-      fragment<T>(w[0], b, half, upper);
-      fragment<T>(w[1], b, half, lower);
-      const uint32_t fw[4] = {upper[0], lower[0], upper[1], lower[1]};
-      const int at = (c * kPieces + b) * 2 + half;
-      GEMMA_UNROLL
-      for (int j = 0; j < G; ++j) {
-        Word2 fx = {0, 0};
-        if (column + 8 * j < columns)
-          fx = *reinterpret_cast<const Word2*>(x.units + ((at * x.columns + column + 8 * j) * 4 + q) * 4);
-        const uint32_t pair[2] = {fx.x, fx.y};
-        if constexpr (T == DType::BF16)
-          mma(acc[j], fw, pair);
-        else if (half == 0 || T == DType::Q6_K)
-          mma_new(sum[j], fw, pair);
-        else
-          mma(sum[j], fw, pair);
-      }
-      if constexpr (T == DType::Q6_K) close(half ? s[0].second : s[0].scale, half ? s[1].second : s[1].scale);
-    }
-    if constexpr (T != DType::BF16 && T != DType::Q6_K) close(s[0].scale, s[1].scale);
-    if constexpr (has_minimum(T)) {
-      GEMMA_UNROLL
-      for (int j = 0; j < G; ++j) {
-        GEMMA_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          const int at = 2 * q + i + 8 * j;
-          const float sums = at < columns ? x.sums[(c * kPieces + b) * x.columns + at] : 0.0f;
-          acc[j][i] = multiply_add(s[0].minimum, sums, acc[j][i]);
-          acc[j][i + 2] = multiply_add(s[1].minimum, sums, acc[j][i + 2]);
-        }
-      }
-    }
-  }
-}
-
-// What the warps have of a group's sums, in shared memory [warps][16][8 G], becomes results: for each row of W and row of x the warps in order,
-// then the parts. kOne: a thread a part, which is why there are four lanes a row.
-template <int G, bool kOne>
+// What the warps have of a group's sums, in shared memory [warps][16][8 G], becomes results.
+template <int G>
 GEMMA_DEVICE void finish(const MatvecArgs& a, int total, int group, const float* sums) {
   const bool geglu = a.after == After::geglu;
-  auto part_sum = [&](int row, int column) {
-    float s = 0;
-    GEMMA_UNROLL
-    for (int w = 0; w < kMatvecWarps; ++w) s += sums[(w * 16 + row) * 8 * G + column];
-    return s;
-  };
-  static_assert(kParts == 3, "the sums below");
-  if constexpr (kOne) {
-    if (thread_x() >= 64) return;
-    const int i = thread_x() / 4, part = thread_x() % 4;
-    float s = part < kParts ? part_sum(geglu ? i / 2 + i % 2 * 8 : i, part) : 0.0f;
-    s += shuffle_xor(s, 1);
-    s += shuffle_xor(s, 2);
-    const float up = shuffle_xor(s, 4);
-    const int row = geglu ? group * 8 + i / 2 : group * 16 + i;
-    if (part == 0 && row < total && !(geglu && i % 2)) put(a, row, 0, geglu ? gelu(s) * up : s);
-  } else {
-    const int per = geglu ? 8 : 16;
-    for (int o = thread_x(); o < per * a.n; o += kMatvecThreads) {
-      const int i = o % per, n = o / per, row = group * per + i;
-      auto sum = [&](int of) {
-        return part_sum(of, n * kParts) + part_sum(of, n * kParts + 1) + (part_sum(of, n * kParts + 2) + 0.0f);
-      };
-      if (row < total) put(a, row, n, geglu ? gelu(sum(i)) * sum(i + 8) : sum(i));
-    }
+  const int per = geglu ? 8 : 16;
+  for (int o = thread_x(); o < per * a.n; o += kMatvecThreads) {
+    const int i = o % per, n = o / per, row = group * per + i;
+    auto part = [&](int of, int p) { return warps_sum(sums, 16, 8 * G, of, n * kParts + p); };
+    auto sum = [&](int of) { return part(of, 0) + part(of, 1) + (part(of, 2) + 0.0f); };
+    if (row < total) put(a, row, n, geglu ? gelu(sum(i)) * sum(i + 8) : sum(i));
   }
 }
 
@@ -135,12 +40,12 @@ GEMMA_HOST_DEVICE constexpr int depth() {
   return (small ? 4 : 3) - (G > 1 && T != DType::BF16 && T != DType::Q4_0);
 }
 
-// y[n, rows] = W norm(x[n, cols]), with an epilogue. Bytes: W once from memory; the parts of x once a group of 16 rows of W, from shared
-// memory (kOne: a single row, which each block splits itself) or through L1.
+// y[n, rows] = W x[n, cols], with an epilogue; x is there as its parts. Bytes: W once from memory; the parts of x once a group of 16 rows of W,
+// through L1.
 // Layout: a block a multiprocessor, each with every blocks_x()-th group. A group's 16 rows of W and 8 columns of x are fragments of m16n8k16:
 // three columns a row of x. Warp w takes chunks w, w + 16, ... along K and asks for `depth` of them ahead, those of the next groups too; the
 // warps' sums meet in shared memory. A result's order of additions depends on cols alone.
-template <DType T, int G, bool kOne>
+template <DType T, int G>
 GEMMA_KERNEL GEMMA_BOUNDS(kMatvecThreads, 1) matvec_kernel(MatvecArgs a, Split x) {
   constexpr int kDepth = depth<T, G>();
   GEMMA_DYNAMIC_SHARED(dynamic);
@@ -148,7 +53,7 @@ GEMMA_KERNEL GEMMA_BOUNDS(kMatvecThreads, 1) matvec_kernel(MatvecArgs a, Split x
   const int pieces = static_cast<int>(a.parts[0].w.pieces), total = total_rows(a);
   const int chunks = (a.cols + chunk_values(T) - 1) / chunk_values(T),
             turns = (chunks + kMatvecWarps - 1) / kMatvecWarps;
-  const int per = rows_a_group(a), groups = (total + per - 1) / per;
+  const int per = rows_a_group(a), groups = groups_of(a);
   const bool plain = a.count == 1 || a.after == After::geglu;  // every group in the same matrices
 
   RowAt at[2];
@@ -165,7 +70,7 @@ GEMMA_KERNEL GEMMA_BOUNDS(kMatvecThreads, 1) matvec_kernel(MatvecArgs a, Split x
     asked_turn = 0;
     asked_group += blocks_x();
     if (plain && (asked_group + 1) * per <= total)
-      advance<T>(pieces, per * blocks_x(), at);
+      for (RowAt& r : at) r = further<T>(r, per * blocks_x(), pieces);
     else if (asked_group < groups)
       locate<T>(a, total, asked_group, at);
   };
@@ -173,67 +78,54 @@ GEMMA_KERNEL GEMMA_BOUNDS(kMatvecThreads, 1) matvec_kernel(MatvecArgs a, Split x
   allow_next();
   GEMMA_UNROLL
   for (int i = 0; i < kDepth; ++i) ask(w[i]);  // weights do not depend on the kernel before
-  if constexpr (kOne) {
-    GEMMA_SHARED(float, scratch, kMatvecWarps);
-    Float4 norm[kUnits];
-    if (a.norm) load_units(a.norm, thread_x(), a.cols, norm);
-    wait_for_previous();
-    x.units = reinterpret_cast<uint16_t*>(dynamic + 2 * kMatvecWarps * 16 * 8 * sizeof(float));
-    x.sums = reinterpret_cast<float*>(x.units + split_bytes(a.cols, 1) / 2);
-    x.columns = kParts;
-    split_row(a, 0, T == DType::BF16, has_minimum(T), norm, scratch, x);
-    sync_block();
-  } else {
-    wait_for_previous();
-  }
+  wait_for_previous();
+  // Columns past the last are the last again: a column's results do not depend on other columns.
+  const int q = lane() % 4, columns = a.n * kParts;
+  const auto column = [&](int c) { return c < columns ? c : columns - 1; };
+  const uint16_t* of_lane[G];
+  GEMMA_UNROLL
+  for (int j = 0; j < G; ++j) of_lane[j] = x.units + (column(lane() / 4 + 8 * j) * 4 + q) * 4;
   float acc[G][4];
   auto clear = [&] {
     GEMMA_UNROLL
-    for (int j = 0; j < G; ++j) {
-      GEMMA_UNROLL
-      for (int i = 0; i < 4; ++i) acc[j][i] = 0;
-    }
+    for (int j = 0; j < G; ++j) acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0;
   };
   clear();
-  for (int group = block_x(), turn = 0, half = 0;;) {
+  for (int group = block_x(), turn = 0, half = 0; group < groups;) {
     GEMMA_UNROLL
     for (int i = 0; i < kDepth; ++i) {
       const int c = turn * kMatvecWarps + warp();
-      if (c < chunks) multiply_chunk<T, G>(w[i], c, x, a.n * kParts, acc);
+      const auto units = [&](int b, int of, int j) {
+        return *reinterpret_cast<const Word2*>(of_lane[j] + ((c * pieces_of_32(T) + b) * 2 + of) * x.columns * 16);
+      };
+      const auto of_x = [&](int b, int j, int i) {
+        return x.sums[(c * pieces_of_32(T) + b) * x.columns + column(8 * j + 2 * q + i)];
+      };
+      if (c < chunks) multiply_chunk<T, G>(w[i], c, units, of_x, acc);
       ask(w[i]);
       if (++turn == turns) {
         float* mine = sums + (half * kMatvecWarps + warp()) * 16 * 8 * G;
         GEMMA_UNROLL
         for (int j = 0; j < G; ++j) {
           GEMMA_UNROLL
-          for (int k = 0; k < 4; ++k)
-            mine[(lane() / 4 + k / 2 * 8) * 8 * G + 8 * j + lane() % 4 * 2 + k % 2] = acc[j][k];
+          for (int k = 0; k < 4; ++k) mine[(lane() / 4 + k / 2 * 8) * 8 * G + 8 * j + 2 * q + k % 2] = acc[j][k];
         }
         sync_block();  // the other half of `sums` is written next: one barrier a group is enough
-        finish<G, kOne>(a, total, group, sums + half * kMatvecWarps * 16 * 8 * G);
+        finish<G>(a, total, group, sums + half * kMatvecWarps * 16 * 8 * G);
         group += blocks_x();
         turn = 0;
         half ^= 1;
         clear();
       }
-      if (group >= groups) return;
+      if (group >= groups) break;
     }
   }
 }
 
-// Shared memory that a row of x takes in each block.
-template <DType T>
-size_t one_row_bytes(int64_t cols) {
-  return static_cast<size_t>(split_bytes(cols, 1) + (has_minimum(T) ? sums_bytes(cols, 1) : 0));
-}
-
-template <DType T, int G, bool kOne>
-void launch_product(Device& d, const MatvecArgs& a, const Split& x) {
-  size_t shared = 2 * kMatvecWarps * 16 * 8 * G * sizeof(float);
-  if (kOne) shared += one_row_bytes<T>(a.cols);
-  const int per = rows_a_group(a), groups = (total_rows(a) + per - 1) / per;
-  d.launch_one("matvec", matvec_kernel<T, G, kOne>, {std::min(groups, d.processors())}, kMatvecThreads, shared,
-               weight_bytes(a) > kApart, a, x);
+template <DType T, int G>
+void launch_rows(Device& d, const MatvecArgs& a, const Split& x) {
+  d.launch_one("matvec", matvec_kernel<T, G>, {std::min(groups_of(a), d.processors())}, kMatvecThreads,
+               2 * kMatvecWarps * 16 * 8 * G * sizeof(float), weight_bytes(a) > kApart, a, x);
 }
 
 size_t scratch_of_x(int64_t cols) {
@@ -246,8 +138,7 @@ struct Matvec {
   template <DType T>
   void run() const {
     constexpr bool minimum = has_minimum(T);
-    if (a.n == 1 && one_row_bytes<T>(a.cols) + (18 << 10) <= d.shared_limit())
-      return launch_product<T, 1, true>(d, a, {});
+    if (a.n == 1 && one_row(d, T, a)) return;
     MatvecArgs s = a;
     for (int first = 0; first < a.n; first += kSliceRows) {
       s.n = a.n - first < kSliceRows ? a.n - first : kSliceRows;
@@ -266,11 +157,11 @@ struct Matvec {
       if (s.n > kRowsABlock)
         matmany(d, T, s, x, a.scratch + used, a.scratch_bytes - used);
       else if (s.n <= 2)
-        launch_product<T, 1, false>(d, s, x);
+        launch_rows<T, 1>(d, s, x);
       else if (s.n <= 5)
-        launch_product<T, 2, false>(d, s, x);
+        launch_rows<T, 2>(d, s, x);
       else
-        launch_product<T, 3, false>(d, s, x);
+        launch_rows<T, 3>(d, s, x);
     }
   }
 };
