@@ -10,7 +10,8 @@ constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kKeys = 8, kSlices = 32 / kKeys;  // scores: keys a warp, parts of a key's dimensions
 constexpr int kStep = 8;                        // values: keys at a time
 static_assert(kSplit == kKeys * kWarps);
-constexpr int kFewBlocks = 128;  // about the multiprocessors of a GPU
+constexpr int kFewBlocks = 128;   // about the multiprocessors of a GPU
+constexpr int kFewPartials = 32;  // splits times heads that one block combines sooner than another kernel begins
 
 // The splits [first, last] that a row sees.
 struct Range {
@@ -59,10 +60,48 @@ GEMMA_DEVICE T from_float(float v) {
     return v;
 }
 
+// out[n, h] = sum of the splits' values, weighted, in their order, by a block. Bytes: the partials once. Layout: a thread every 256th dimension;
+// weights of 256 splits at a time through shared memory, `shared`: kCombineShared floats.
+constexpr int kCombineShared = kThreads + kWarps;
+GEMMA_DEVICE void combine_head(const AttentionArgs& a, const Range& r, int h, int64_t n, float* weight) {
+  float* warps = weight + kThreads;
+  const int e = a.kv.e;
+  const int count = r.last - r.first + 1;
+  const float* partial = a.partial + (n * a.H + h) * a.splits * (e + 2);
+  float top = -INFINITY;
+  for (int s = thread_x(); s < count; s += kThreads) top = fmaxf(top, partial[s * static_cast<int64_t>(e + 2) + e]);
+  top = warp_max(top);
+  if (lane() == 0) warps[warp()] = top;
+  sync_block();
+  for (int w = 0; w < kWarps; ++w) top = fmaxf(top, warps[w]);
+
+  constexpr int kMost = (kMaxHeadDim + kThreads - 1) / kThreads;
+  float acc[kMost], total = 0;
+  GEMMA_UNROLL
+  for (int i = 0; i < kMost; ++i) acc[i] = 0;
+  for (int begin = 0; begin < count; begin += kThreads) {
+    const int many = count - begin < kThreads ? count - begin : kThreads;
+    sync_block();
+    if (thread_x() < many)
+      weight[thread_x()] = expf(partial[(begin + thread_x()) * static_cast<int64_t>(e + 2) + e] - top);
+    sync_block();
+    for (int s = 0; s < many; ++s) {
+      const float* from = partial + (begin + s) * static_cast<int64_t>(e + 2);
+      total = multiply_add(weight[s], from[e + 1], total);
+      GEMMA_UNROLL
+      for (int i = 0; i < kMost; ++i)
+        if (thread_x() + i * kThreads < a.E) acc[i] = multiply_add(weight[s], from[thread_x() + i * kThreads], acc[i]);
+    }
+  }
+  GEMMA_UNROLL
+  for (int i = 0; i < kMost; ++i)
+    if (thread_x() + i * kThreads < a.E) a.out[(n * a.H + h) * a.E + thread_x() + i * kThreads] = acc[i] / total;
+}
+
 // Partial softmax of query heads of a row and group over 64 keys. Bytes: the split's keys and values once for all heads of the block;
 // writes e + 2 floats a head, or the finished head where no row has a second split. Where q is not given, the kernel norms and rotates it
 // itself (each block again), and so does each block that has the row's own position with its key; the group's first puts key and value
-// into the cache.
+// into the cache. With `ended`, zeros, the last block combines the splits.
 // Layout: block (split, heads of a group, row); K and V come to shared memory by cp.async (float32: V takes K's place). Scores: a lane has
 // a quarter of a key's 16-byte runs, a warp 8 keys, so that 8 lanes' runs meet all banks once. Softmax: a warp a head. Values: a thread
 // has two dimensions of all keys. Both take kTile heads at a time, so that a key is read and made float32 once for them.
@@ -253,48 +292,30 @@ GEMMA_KERNEL GEMMA_BOUNDS(kThreads, 2) attend_kernel(AttentionArgs a) {
       }
     }
   }
+  if (!a.ended) return;
+  // The last of the row's blocks with these heads has all their splits to combine.
+  fence();
+  sync_block();
+  auto* last = reinterpret_cast<uint32_t*>(dynamic);
+  if (thread_x() == 0) {
+    uint32_t* ended = a.ended + (n * a.H + first_head);
+    *last = count_up(ended) == static_cast<uint32_t>(r.last - r.first);
+    if (*last) *ended = 0;  // for the next layer
+  }
+  sync_block();
+  if (!*last) return;
+  fence();
+  for (int h = first_head; h < first_head + heads; ++h) combine_head(a, r, h, n, reinterpret_cast<float*>(dynamic) + 4);
 }
 
-// out[n, h] = sum of the splits' values, weighted, in their order. Bytes: the partials once. Layout: block (head, row), a thread every
-// 256th dimension; weights of 256 splits at a time through shared memory.
+// Layout: block (head, row).
 GEMMA_KERNEL GEMMA_BOUNDS(kThreads, 4) combine_kernel(AttentionArgs a) {
   allow_next();
   const int64_t n = block_y();
   const Range r = range_of(a.rows[n].position, a.window);  // no kernel writes rows
   wait_for_previous();
-  GEMMA_SHARED(float, weight, kThreads);
-  GEMMA_SHARED(float, warps, kWarps);
-  const int h = block_x(), e = a.kv.e;
-  const int count = r.last - r.first + 1;
-  const float* partial = a.partial + (n * a.H + h) * a.splits * (e + 2);
-  float top = -INFINITY;
-  for (int s = thread_x(); s < count; s += kThreads) top = fmaxf(top, partial[s * static_cast<int64_t>(e + 2) + e]);
-  top = warp_max(top);
-  if (lane() == 0) warps[warp()] = top;
-  sync_block();
-  for (int w = 0; w < kWarps; ++w) top = fmaxf(top, warps[w]);
-
-  constexpr int kMost = (kMaxHeadDim + kThreads - 1) / kThreads;
-  float acc[kMost], total = 0;
-  GEMMA_UNROLL
-  for (int i = 0; i < kMost; ++i) acc[i] = 0;
-  for (int begin = 0; begin < count; begin += kThreads) {
-    const int many = count - begin < kThreads ? count - begin : kThreads;
-    sync_block();
-    if (thread_x() < many)
-      weight[thread_x()] = expf(partial[(begin + thread_x()) * static_cast<int64_t>(e + 2) + e] - top);
-    sync_block();
-    for (int s = 0; s < many; ++s) {
-      const float* from = partial + (begin + s) * static_cast<int64_t>(e + 2);
-      total = multiply_add(weight[s], from[e + 1], total);
-      GEMMA_UNROLL
-      for (int i = 0; i < kMost; ++i)
-        if (thread_x() + i * kThreads < a.E) acc[i] = multiply_add(weight[s], from[thread_x() + i * kThreads], acc[i]);
-    }
-  }
-  GEMMA_UNROLL
-  for (int i = 0; i < kMost; ++i)
-    if (thread_x() + i * kThreads < a.E) a.out[(n * a.H + h) * a.E + thread_x() + i * kThreads] = acc[i] / total;
+  GEMMA_SHARED(float, shared, kCombineShared);
+  combine_head(a, r, block_x(), n, shared);
 }
 
 template <class T>
@@ -314,9 +335,10 @@ void attend(Device& d, const AttentionArgs& args) {
   // side by side. A head's result is the same in any block.
   a.heads = a.H / a.kv.groups;
   while (a.heads % 2 == 0 && int64_t{2} * a.splits * (a.H / a.heads) * a.n <= kFewBlocks) a.heads /= 2;
+  if (a.splits == 1 || a.splits * a.heads > kFewPartials) a.ended = nullptr;
   const auto kernel = a.kv.f32 ? kernel_for<float>(a.heads) : kernel_for<uint16_t>(a.heads);
   d.launch("attend", kernel, {a.splits, a.H / a.heads, a.n}, kThreads, attend_shared_bytes(a.heads, a.kv.e), a);
-  if (a.splits > 1) d.launch("combine", combine_kernel, {a.H, a.n}, kThreads, 0, a);
+  if (a.splits > 1 && !a.ended) d.launch("combine", combine_kernel, {a.H, a.n}, kThreads, 0, a);
 }
 
 }  // namespace gemma::gpu

@@ -136,6 +136,8 @@ class CudaBackend final : public Backend {
     results_ = reserve(std::max(2 * c.vocab_size + kListed, rows * 256) * 4);
     const int64_t row = c.num_heads * most_splits(c) * (e + 2) * 4;
     partial_ = reserve(std::max(row, std::min<int64_t>(64 << 20, row * rows)));
+    ended_ = reserve(rows * c.num_heads * 4);
+    device_->zero(ended_.data(), ended_.bytes());
     for (const auto& [base, scale] : {std::pair(c.rope_base, c.rope_scale), std::pair(c.rope_base_local, 1.0f)}) {
       const std::vector<float> f = rope_frequencies(base, scale, E);
       Memory& m = frequencies_[{base, scale}] = reserve(E * 2);
@@ -261,6 +263,7 @@ class CudaBackend final : public Backend {
       a.rope = rope_;
       a.rope.qkv += r * (a.H + 2 * a.rope.G) * a.E;
       a.out = out.data + r * a.H * a.E;
+      a.ended = decode_ ? reinterpret_cast<uint32_t*>(ended_.data()) : nullptr;
       a.n = count(std::min(many, rows.n - r));
       attend(*device_, a);
     }
