@@ -172,13 +172,16 @@ def sanitize(env: dict[str, str], device: str) -> None:
 
 
 def sanitized(device: str) -> None:
-    shape = checkpoints.Shape(1, 256, 4, 2, 128, 512, 1000, 256)
+    shape = checkpoints.Shape(1, 256, 4, 2, 128, 2304, 1000, 256)
     for mix in ("BF16", "Q4_K_M"):
         m = model(shape, mix, device)
-        cache = m.new_cache()
-        m.forward(list(range(80)), cache)
+        caches = [m.new_cache() for _ in range(40)]
+        m.forward(list(range(80)), caches[0])
         for t in (5, 7, 9):
-            m.forward([t], cache, top_k=3)
+            m.forward([t], caches[0], top_k=3)
+        for n in (3, 12, 40):  # matvec, many of 16 and of more rows
+            for _ in range(2):
+                m.forward_batch([[7]] * n, caches[:n], top_k=2)
         m.score(list(range(20)), m.new_cache())
     print("ran to the end")
 
