@@ -32,7 +32,7 @@ struct L1Block : SumsInTile {
   GEMMA_INLINE void decode(const uint8_t* unit, const uint8_t* low, int j) {
     if constexpr (G > 0) decode<G - 1>(unit, low, j);
     Block b;
-    Q::template decode<G>(unit, low, j, b);
+    GEMMA_ISA::decode<Q, G>(unit, low, j, b);
     for (int i = 0; i < 8; ++i) {
       const B x = Vec::sub8(b.w[i], Q::kOffset);
       w[0][i][G] = kWide ? Vec::even16(x) : x;

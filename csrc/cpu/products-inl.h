@@ -9,52 +9,29 @@ namespace GEMMA_ISA {
 
 // ---- quantised weights: one decoder an encoding ------------------------------------------------------------------------
 
-template <int G>
-inline void load_4bit(const uint8_t* plane, B* w) {
-  constexpr int at = G * W % 16 * 4;
-  for (int i = 0; i < 8; ++i) {
-    B x = V::load_b(plane + i * 64 + at);
-    w[i] = G * W >= 16 ? V::high4(x) : V::low4(x);
-  }
+// The I-th vector of a block for group G of its rows.
+template <int G, int I>
+inline B load_4bit(const uint8_t* plane) {
+  const B x = V::load_b(plane + I * 64 + G * W % 16 * 4);
+  return G * W >= 16 ? V::high4(x) : V::low4(x);
 }
 
-template <int G>
-inline void load_8bit(const uint8_t* high, const uint8_t* low, B* w) {
-  constexpr int at = G * W % 16 * 4;
-  for (int i = 0; i < 8; ++i) {
-    const B h = V::load_b(high + i * 64 + at), l = V::load_b(low + i * 64 + at);
-    w[i] = G * W >= 16 ? V::join_high(h, l) : V::join_low(h, l);
-  }
+template <int G, int I>
+inline B load_8bit(const uint8_t* high, const uint8_t* low) {
+  constexpr int at = I * 64 + G * W % 16 * 4;
+  const B h = V::load_b(high + at), l = V::load_b(low + at);
+  return G * W >= 16 ? V::join_high(h, l) : V::join_low(h, l);
 }
 
-template <int G>
-inline void load_5bit(const uint8_t* plane1, const uint8_t* plane4, B* w) {
-  load_4bit<G>(plane4, w);
-  const B p = V::load_b(plane1 + G * W * 4);
-  w[0] = V::or_bit<0>(w[0], p);
-  w[1] = V::or_bit<1>(w[1], p);
-  w[2] = V::or_bit<2>(w[2], p);
-  w[3] = V::or_bit<3>(w[3], p);
-  w[4] = V::or_bit<4>(w[4], p);
-  w[5] = V::or_bit<5>(w[5], p);
-  w[6] = V::or_bit<6>(w[6], p);
-  w[7] = V::or_bit<7>(w[7], p);
+template <int G, int I>
+inline B load_5bit(const uint8_t* plane1, const uint8_t* plane4) {
+  return V::or_bit<I>(load_4bit<G, I>(plane4), V::load_b(plane1 + G * W * 4));
 }
 
-template <int G>
-inline void load_6bit(const uint8_t* high, const uint8_t* plane2, B* w) {
-  constexpr int at = G * W % 16 * 4;
-  for (int i = 0; i < 8; ++i) {
-    const B x = V::load_b(high + i * 64 + at);
-    w[i] = G * W >= 16 ? V::high4_up2(x) : V::low4_up2(x);
-  }
-  for (int h = 0; h < 2; ++h) {
-    const B p = V::load_b(plane2 + h * 128 + G * W * 4);
-    w[4 * h + 0] = V::or_pair<0>(w[4 * h + 0], p);
-    w[4 * h + 1] = V::or_pair<1>(w[4 * h + 1], p);
-    w[4 * h + 2] = V::or_pair<2>(w[4 * h + 2], p);
-    w[4 * h + 3] = V::or_pair<3>(w[4 * h + 3], p);
-  }
+template <int G, int I>
+inline B load_6bit(const uint8_t* high, const uint8_t* plane2) {
+  const B x = V::load_b(high + I * 64 + G * W % 16 * 4);
+  return V::or_pair<I % 4>(G * W >= 16 ? V::high4_up2(x) : V::low4_up2(x), V::load_b(plane2 + I / 4 * 128 + G * W * 4));
 }
 
 // A block of 32 along K for the W rows of group G: their values as unsigned bytes (value = byte - kOffset), a scale for each
@@ -72,11 +49,13 @@ struct Simple {  // Q4_0 Q4_1 Q5_0 Q5_1
   static constexpr int kScales = MIN ? 128 : 64;
   static constexpr int kUnit = kScales + BITS * 128, kLow = 0;
   template <int G>
-  static void decode(const uint8_t* unit, const uint8_t*, int, Block& b) {
-    b.scale[0] = V::load_half(unit + G * W * 2);
-    if (MIN) b.min = V::load_half(unit + 64 + G * W * 2);
-    if (BITS == 5) load_5bit<G>(unit + kScales, unit + kScales + 128, b.w);
-    if (BITS == 4) load_4bit<G>(unit + kScales, b.w);
+  static void scales(const uint8_t* unit, int, F* scale, F& min) {
+    scale[0] = V::load_half(unit + G * W * 2);
+    if (MIN) min = V::load_half(unit + 64 + G * W * 2);
+  }
+  template <int G, int I>
+  static B weight(const uint8_t* unit, const uint8_t*, int) {
+    return BITS == 5 ? load_5bit<G, I>(unit + kScales, unit + kScales + 128) : load_4bit<G, I>(unit + kScales);
   }
 };
 
@@ -86,13 +65,12 @@ struct EightBit {  // Q8_0
   static constexpr int kUnit = 64 + 512, kLow = 512;
   static const uint8_t* high(const uint8_t* unit, int) { return unit + 64; }
   template <int G>
-  static void scales(const uint8_t* unit, int, F* scale) {
+  static void scales(const uint8_t* unit, int, F* scale, F&) {
     scale[0] = V::load_half(unit + G * W * 2);
   }
-  template <int G>
-  static void decode(const uint8_t* unit, const uint8_t* low, int j, Block& b) {
-    scales<G>(unit, j, b.scale);
-    load_8bit<G>(high(unit, j), low, b.w);
+  template <int G, int I>
+  static B weight(const uint8_t* unit, const uint8_t* low, int j) {
+    return load_8bit<G, I>(high(unit, j), low);
   }
 };
 
@@ -103,17 +81,19 @@ struct TwoLevel {  // Q4_K Q5_K
   static constexpr int kHeader = 512;
   static constexpr int kUnit = kHeader + 8 * BITS * 128, kLow = 0;
   template <int G>
-  static void decode(const uint8_t* unit, const uint8_t*, int j, Block& b) {
+  static void scales(const uint8_t* unit, int j, F* scale, F& min) {
     const I hi = V::shr_i(V::load_i(unit + 128 + G * W * 4), 4 * j);
     const I lo = V::load_u8(unit + 256 + j * 32 + G * W);
     const I three = V::set_i(3);
     const I sc = V::or_i(V::and_i(lo, V::set_i(15)), V::shl_i<4>(V::and_i(hi, three)));
     const I mn = V::or_i(V::shr_i(lo, 4), V::shl_i<4>(V::and_i(V::shr_i(hi, 2), three)));
-    b.scale[0] = V::mul(V::load_half(unit + G * W * 2), V::to_float(sc));
-    b.min = V::sub(V::zero(), V::mul(V::load_half(unit + 64 + G * W * 2), V::to_float(mn)));
+    scale[0] = V::mul(V::load_half(unit + G * W * 2), V::to_float(sc));
+    min = V::sub(V::zero(), V::mul(V::load_half(unit + 64 + G * W * 2), V::to_float(mn)));
+  }
+  template <int G, int I>
+  static B weight(const uint8_t* unit, const uint8_t*, int j) {
     const uint8_t* planes = unit + kHeader + j * BITS * 128;
-    if (BITS == 5) load_5bit<G>(planes, planes + 128, b.w);
-    if (BITS == 4) load_4bit<G>(planes, b.w);
+    return BITS == 5 ? load_5bit<G, I>(planes, planes + 128) : load_4bit<G, I>(planes);
   }
 };
 
@@ -123,34 +103,55 @@ struct SixBit {  // Q6_K
   static constexpr int kStride = 64 + 512, kUnit = 64 + 8 * kStride, kLow = 256;
   static const uint8_t* high(const uint8_t* unit, int j) { return unit + 64 + j * kStride + 64; }
   template <int G>
-  static void scales(const uint8_t* unit, int j, F* scale) {
+  static void scales(const uint8_t* unit, int j, F* scale, F&) {
     const uint8_t* block = unit + 64 + j * kStride;
     const F d = V::load_half(unit + G * W * 2);
     scale[0] = V::mul(d, V::to_float(V::load_i8(block + G * W)));
     scale[1] = V::mul(d, V::to_float(V::load_i8(block + 32 + G * W)));
   }
-  template <int G>
-  static void decode(const uint8_t* unit, const uint8_t* low, int j, Block& b) {
-    scales<G>(unit, j, b.scale);
-    load_6bit<G>(high(unit, j), low, b.w);
+  template <int G, int I>
+  static B weight(const uint8_t* unit, const uint8_t* low, int j) {
+    return load_6bit<G, I>(high(unit, j), low);
   }
 };
 
-// acc += scale * (w . q) * d + min * d * sum(q): one block, one activation row. The order is the specification: for each scale
-// the integer dot product and one fma, then one for the offset.
+template <class Q, int G, int N = 8>
+GEMMA_INLINE void decode(const uint8_t* unit, const uint8_t* low, int j, Block& b) {
+  if constexpr (N > 1)
+    decode<Q, G, N - 1>(unit, low, j, b);
+  else
+    Q::template scales<G>(unit, j, b.scale, b.min);
+  b.w[N - 1] = Q::template weight<G, N - 1>(unit, low, j);
+}
+
+// Parts of a block that are multiplied apart: two where either side has a scale for each half.
+template <class Q, bool FINE>
+constexpr int kParts = FINE || Q::kSubs == 2 ? 2 : 1;
+
+template <class Q, bool FINE>
+GEMMA_INLINE int32_t part_sum(int part, const ActScale& s) {
+  return kParts<Q, FINE> == 1 ? s.sum : part == 0 ? s.sum0 : s.sum - s.sum0;
+}
+
+// acc += scale * (w . q) * d, and after the last part min * d * sum(q): one block, one activation row. The order is the
+// specification: for each part the integer dot product and one fma, then one for the offset.
+template <class Q, bool FINE>
+GEMMA_INLINE F part_add(const Block& b, int part, I dot, const ActScale& s, F acc) {
+  acc = V::fma(V::to_float(dot), V::mul(b.scale[part % Q::kSubs], V::set(s.d[part])), acc);
+  if (Q::kMin && part == kParts<Q, FINE> - 1) acc = V::fma(b.min, V::set(s.dsum), acc);
+  return acc;
+}
+
+template <class Q, bool FINE>
+GEMMA_INLINE F part_dot(const Block& b, int part, const int8_t* q, const ActScale& s, F acc) {
+  constexpr int n = 8 / kParts<Q, FINE>;
+  const I dot = V::template dot<Q::kBits, Q::kOffset, n>(b.w + part * n, q + part * n * 4, part_sum<Q, FINE>(part, s));
+  return part_add<Q, FINE>(b, part, dot, s, acc);
+}
+
 template <class Q, bool FINE>
 GEMMA_INLINE F block_dot(const Block& b, const int8_t* q, const ActScale& s, F acc) {
-  if (Q::kSubs == 1 && !FINE) {
-    acc = V::fma(V::to_float(V::template dot<Q::kBits, Q::kOffset, 8>(b.w, q, s.sum)),
-                 V::mul(b.scale[0], V::set(s.d[0])), acc);
-  } else {
-    const F second = b.scale[Q::kSubs - 1];
-    acc = V::fma(V::to_float(V::template dot<Q::kBits, Q::kOffset, 4>(b.w, q, s.sum0)),
-                 V::mul(b.scale[0], V::set(s.d[0])), acc);
-    acc = V::fma(V::to_float(V::template dot<Q::kBits, Q::kOffset, 4>(b.w + 4, q + 16, s.sum - s.sum0)),
-                 V::mul(second, V::set(s.d[1])), acc);
-  }
-  if (Q::kMin) acc = V::fma(b.min, V::set(s.dsum), acc);
+  for (int part = 0; part < kParts<Q, FINE>; ++part) acc = part_dot<Q, FINE>(b, part, q, s, acc);
   return acc;
 }
 
@@ -169,7 +170,7 @@ struct OneRow {
                          float* tile) {
     if constexpr (G > 1) step<G - 1>(unit, low, j, q, s, rows, tile);
     Block b;
-    Q::template decode<G - 1>(unit, low, j, b);
+    decode<Q, G - 1>(unit, low, j, b);
     acc[G - 1] = block_dot<Q, FINE>(b, q, *s, acc[G - 1]);
   }
   GEMMA_INLINE void finish(float* tile) const {
@@ -195,8 +196,8 @@ struct ManyRows : SumsInTile {
                          float* tile) {
     if constexpr (G > kHeld) step<G - kHeld>(unit, low, j, q, s, rows, tile);
     Block b0, b1;
-    Q::template decode<G - kHeld>(unit, low, j, b0);
-    if (kHeld == 2) Q::template decode<G - 1>(unit, low, j, b1);
+    decode<Q, G - kHeld>(unit, low, j, b0);
+    if (kHeld == 2) decode<Q, G - 1>(unit, low, j, b1);
     for (int i = 0; i < rows; ++i) {
       float* t = tile + i * kPanel + (G - kHeld) * W;
       F x = V::load(t);
@@ -206,6 +207,50 @@ struct ManyRows : SumsInTile {
       V::store(t, x);
       if (kHeld == 2) V::store(t + W, y);
     }
+  }
+};
+
+// Four to sixteen rows where a panel is two groups. The first four meet each vector of weights as soon as it is unpacked: unpacking and
+// multiplying have ports of their own, and a core does not look far enough ahead to use both when a block comes first and then the rows.
+template <class Vec, class Q, bool FINE>
+struct FourRows : SumsInTile {
+  static constexpr int kFrom = 4, kTo = 16, kSteps = 8 / kParts<Q, FINE>;
+  Block b[2];
+  I dot[kFrom][2];
+
+  template <int N>
+  GEMMA_INLINE void meet(const uint8_t* unit, const uint8_t* low, int j, const int8_t* q) {
+    b[0].w[N] = Q::template weight<0, N>(unit, low, j);
+    b[1].w[N] = Q::template weight<1, N>(unit, low, j);
+    if (N == 1) Q::template scales<0>(unit, j, b[0].scale, b[0].min);
+    if (N == 3) Q::template scales<1>(unit, j, b[1].scale, b[1].min);
+    for (int i = 0; i < kFrom; ++i) {
+      const B x = Vec::bytes4(q + i * kBlock + 4 * N);
+      for (int g = 0; g < 2; ++g) dot[i][g] = Vec::add_dot(dot[i][g], b[g].w[N], x);
+    }
+    if constexpr ((N + 1) % kSteps != 0) meet<N + 1>(unit, low, j, q);
+  }
+
+  template <int PART = 0>
+  GEMMA_INLINE void step(const uint8_t* unit, const uint8_t* low, int j, const int8_t* q, const ActScale* s, int rows,
+                         float* tile) {
+    for (int i = 0; i < kFrom; ++i) dot[i][0] = dot[i][1] = V::set_i(-Q::kOffset * part_sum<Q, FINE>(PART, s[i]));
+    meet<PART * kSteps>(unit, low, j, q);
+    for (int i = 0; i < kFrom; ++i) {
+      float* t = tile + i * kPanel;
+      const F x = part_add<Q, FINE>(b[0], PART, dot[i][0], s[i], V::load(t));
+      const F y = part_add<Q, FINE>(b[1], PART, dot[i][1], s[i], V::load(t + W));
+      V::store(t, x);
+      V::store(t + W, y);
+    }
+    for (int i = kFrom; i < rows; ++i) {
+      float* t = tile + i * kPanel;
+      const F x = part_dot<Q, FINE>(b[0], PART, q + i * kBlock, s[i], V::load(t));
+      const F y = part_dot<Q, FINE>(b[1], PART, q + i * kBlock, s[i], V::load(t + W));
+      V::store(t, x);
+      V::store(t + W, y);
+    }
+    if constexpr (PART + 1 < kParts<Q, FINE>) step<PART + 1>(unit, low, j, q, s, rows, tile);
   }
 };
 
@@ -250,6 +295,10 @@ void panel_rows(const Run& run, const QuantActs& a, float* tile) {
   if (a.rows == 1) return walk<Q, OneRow<Q, FINE>>(run, a, tile);
   if constexpr (V::kL1Block && Block::kFrom <= kActChunk)
     if (a.rows >= Block::kFrom) return walk<Q, Block>(run, a, tile);
+  if constexpr (kGroups == 2) {
+    using Four = FourRows<V, Q, FINE>;
+    if (a.rows >= Four::kFrom && a.rows <= Four::kTo) return walk<Q, Four>(run, a, tile);
+  }
   walk<Q, ManyRows<Q, FINE>>(run, a, tile);
 }
 

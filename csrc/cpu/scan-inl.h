@@ -6,6 +6,12 @@
 namespace gemma {
 namespace GEMMA_ISA {
 
+template <int G, int N = 8>
+GEMMA_INLINE void high_bits(const uint8_t* plane, B* w) {
+  if constexpr (N > 1) high_bits<G, N - 1>(plane, w);
+  w[N - 1] = load_4bit<G, N - 1>(plane);
+}
+
 // Estimates of 32 rows' products with one activation row, and margins in which to expect the products themselves.
 template <class Q, bool FINE>
 struct ScanSums {
@@ -14,10 +20,10 @@ struct ScanSums {
   template <int G = kGroups>
   GEMMA_INLINE void step(const uint8_t* unit, int j, const int8_t* q, const ScanScale& s) {
     if constexpr (G > 1) step<G - 1>(unit, j, q, s);
-    F scale[Q::kSubs];
-    Q::template scales<G - 1>(unit, j, scale);
+    F scale[Q::kSubs], none;
+    Q::template scales<G - 1>(unit, j, scale, none);
     B w[8];
-    load_4bit<G - 1>(Q::high(unit, j), w);
+    high_bits<G - 1>(Q::high(unit, j), w);
     F sum = V::set(s.offset[0]);
     if constexpr (Q::kSubs == 1 && !FINE) {
       sum = V::fma(V::to_float(V::template dot<4, 0, 8>(w, q, 0)), V::set(s.d[0]), sum);

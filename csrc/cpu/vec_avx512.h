@@ -140,6 +140,9 @@ struct V {
     return _mm512_add_epi32(x, y);
   }
 
+  // sum + the dot product of one group of 4.
+  static I add_dot(I sum, B w, I a) { return _mm512_dpbusd_epi32(sum, w, a); }
+
   static constexpr int kAhead = 16;        // blocks of weights that are asked for ahead
   static constexpr bool kL1Block = false;  // no products by l1-block-inl.h
 
