@@ -69,8 +69,8 @@ struct Rows {
   std::vector<Span> spans;      // cover [0, N) in order
 };
 
-constexpr int64_t kMaxRows =
-    512;  // rows a pass, as a rule; also how far a sliding layer's ring reaches behind its window
+// Rows a pass, as a rule, and how far a sliding layer's ring reaches behind its window.
+constexpr int64_t kMaxRows = 512;
 constexpr int64_t kKeyBlock = 64;  // keys an attention block: starts at absolute multiples of this
 
 struct LayerWeights {

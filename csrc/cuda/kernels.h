@@ -118,8 +118,8 @@ struct AttentionArgs {
   RopeArgs rope;
   float* out = nullptr;      // [n][H][E]
   float* partial = nullptr;  // [n][H][splits][e + 2]
-  uint32_t* ended =
-      nullptr;  // [n][H] zeros, which they are again afterwards: blocks that have ended; null: another kernel combines
+  // [n][H] zeros, and again afterwards: how many blocks have ended. null: another kernel combines the splits.
+  uint32_t* ended = nullptr;
   KvLayer kv;
   int n = 0, H = 0, E = 0;
   int window = 0;

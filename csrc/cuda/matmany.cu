@@ -169,13 +169,12 @@ GEMMA_DEVICE void finish_sheet(const MatvecArgs& a, int total, int group, int fi
   }
   sync_warp();
   const bool geglu = a.after == After::geglu;
-  const int per = geglu ? 8 : 16;
-  static_assert(kParts == 3, "the sums below");
+  const int per = rows_a_group(a);
   for (int o = lane(); o < per * 8; o += 32) {
     const int i = o % per, n = o / per, row = group * per + i;
     auto parts = [&](int of) {
       const float* s = sheet + of * kSheet + n * kParts;
-      return s[0] + s[1] + (s[2] + 0.0f);
+      return parts_sum(s[0], s[1], s[2]);
     };
     if (row < total && first + n < a.n) put(a, row, first + n, geglu ? gelu(parts(i)) * parts(i + 8) : parts(i));
   }
@@ -197,8 +196,7 @@ GEMMA_KERNEL GEMMA_BOUNDS(kManyThreads, 1) many_kernel(MatvecArgs a, Split x, Pl
   const int threads = 32 * p.warps, size = S::bytes(p.warps), q = lane() % 4;
   auto stage = [&](int slot) { return dynamic + p.warps * kSheetBytes + slot * size; };
   const int pieces = static_cast<int>(a.parts[0].w.pieces), total = total_rows(a);
-  const int per = rows_a_group(a), groups = (total + per - 1) / per;
-  const int chunks = (a.cols + chunk_values(T) - 1) / chunk_values(T), units = p.tiles * p.subsets * p.of_x;
+  const int groups = groups_of(a), chunks = chunks_of(T, a.cols), units = p.tiles * p.subsets * p.of_x;
 
   struct Place {
     int unit, chunk, end, column;  // end: the class after the unit's last; column: the first of the unit's
@@ -381,7 +379,7 @@ template <int G>
 GEMMA_KERNEL GEMMA_BOUNDS(kAddThreads, 4) add_up_kernel(MatvecArgs a, int classes, int of_x, const Float4* partial) {
   GEMMA_SHARED(float, sheets, kAddThreads / 32 * 16 * kSheet);
   start();
-  const int total = total_rows(a), per = rows_a_group(a), groups = (total + per - 1) / per;
+  const int total = total_rows(a), groups = groups_of(a);
   const int of_warp = block_x() * (kAddThreads / 32) + warp(), column = of_warp % (of_x * G / 3) * 3,
             group = of_warp / (of_x * G / 3), first = column * 8 / kParts;
   if (group >= groups || first >= a.n) return;
@@ -420,8 +418,7 @@ size_t sums_left(int classes, int groups, int of_x) {
 template <DType T, int G>
 Plan plan_of(const Device& d, const MatvecArgs& a, int of_x, size_t room) {
   using S = Stage<T, G>;
-  const int per = rows_a_group(a), groups = (total_rows(a) + per - 1) / per;
-  const int chunks = (a.cols + chunk_values(T) - 1) / chunk_values(T), classes = std::min(chunks, kClasses);
+  const int groups = groups_of(a), chunks = chunks_of(T, a.cols), classes = std::min(chunks, kClasses);
   constexpr double kOfL2 = 0.8;  // a byte from L2
   constexpr double kOfFragment =
       T == DType::BF16 ? 700 : 900;  // a multiplication of fragments, of one warp after another
@@ -469,7 +466,7 @@ void launch_many(Device& d, const MatvecArgs& a, const Split& x, int of_x, uint8
                p.warps * kSheetBytes + static_cast<size_t>(p.stages) * Stage<T, G>::bytes(p.warps), apart, a, x, p,
                !apart, partial);
   if (p.subsets == 1) return;
-  const int per = rows_a_group(a), groups = (total_rows(a) + per - 1) / per;
+  const int groups = groups_of(a);
   const int warps = groups * of_x * (G / 3), a_block = kAddThreads / 32;
   d.launch("add_up", add_up_kernel<G>, {(warps + a_block - 1) / a_block}, kAddThreads, 0, a, p.classes, of_x,
            static_cast<const Float4*>(partial));

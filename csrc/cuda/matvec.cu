@@ -24,11 +24,11 @@ GEMMA_KERNEL GEMMA_BOUNDS(kMatvecThreads, 2) split_kernel(MatvecArgs a, bool bf1
 template <int G>
 GEMMA_DEVICE void finish(const MatvecArgs& a, int total, int group, const float* sums) {
   const bool geglu = a.after == After::geglu;
-  const int per = geglu ? 8 : 16;
+  const int per = rows_a_group(a);
   for (int o = thread_x(); o < per * a.n; o += kMatvecThreads) {
     const int i = o % per, n = o / per, row = group * per + i;
     auto part = [&](int of, int p) { return warps_sum(sums, 16, 8 * G, of, n * kParts + p); };
-    auto sum = [&](int of) { return part(of, 0) + part(of, 1) + (part(of, 2) + 0.0f); };
+    auto sum = [&](int of) { return parts_sum(part(of, 0), part(of, 1), part(of, 2)); };
     if (row < total) put(a, row, n, geglu ? gelu(sum(i)) * sum(i + 8) : sum(i));
   }
 }
@@ -36,8 +36,7 @@ GEMMA_DEVICE void finish(const MatvecArgs& a, int total, int group, const float*
 // Chunks of two rows of W that a lane has asked for: as many as fit in registers.
 template <DType T, int G>
 GEMMA_HOST_DEVICE constexpr int depth() {
-  const bool small = T == DType::BF16 || T == DType::Q4_0 || T == DType::Q5_0;
-  return (small ? 4 : 3) - (G > 1 && T != DType::BF16 && T != DType::Q4_0);
+  return (small_chunk(T) ? 4 : 3) - (G > 1 && T != DType::BF16 && T != DType::Q4_0);
 }
 
 // y[n, rows] = W x[n, cols], with an epilogue; x is there as its parts. Bytes: W once from memory; the parts of x once a group of 16 rows of W,
@@ -51,10 +50,8 @@ GEMMA_KERNEL GEMMA_BOUNDS(kMatvecThreads, 1) matvec_kernel(MatvecArgs a, Split x
   GEMMA_DYNAMIC_SHARED(dynamic);
   auto* sums = reinterpret_cast<float*>(dynamic);  // [2][warps][16][8 G]
   const int pieces = static_cast<int>(a.parts[0].w.pieces), total = total_rows(a);
-  const int chunks = (a.cols + chunk_values(T) - 1) / chunk_values(T),
-            turns = (chunks + kMatvecWarps - 1) / kMatvecWarps;
+  const int chunks = chunks_of(T, a.cols), turns = (chunks + kMatvecWarps - 1) / kMatvecWarps;
   const int per = rows_a_group(a), groups = groups_of(a);
-  const bool plain = a.count == 1 || a.after == After::geglu;  // every group in the same matrices
 
   RowAt at[2];
   Chunk<T> w[kDepth][2];
@@ -69,7 +66,7 @@ GEMMA_KERNEL GEMMA_BOUNDS(kMatvecThreads, 1) matvec_kernel(MatvecArgs a, Split x
     if (++asked_turn < turns) return;
     asked_turn = 0;
     asked_group += blocks_x();
-    if (plain && (asked_group + 1) * per <= total)
+    if (plain(a) && (asked_group + 1) * per <= total)
       for (RowAt& r : at) r = further<T>(r, per * blocks_x(), pieces);
     else if (asked_group < groups)
       locate<T>(a, total, asked_group, at);

@@ -16,10 +16,7 @@ int64_t shared_bytes(DType t, int R, int64_t cols) {
 }
 
 // Chunks of two rows of W that a lane has asked for: as many as fit in registers; where R > 1, a divisor of R.
-GEMMA_HOST_DEVICE constexpr int chunks_ahead(DType t, int R) {
-  const bool small = t == DType::BF16 || t == DType::Q4_0 || t == DType::Q5_0;
-  return small ? 4 : R == 1 ? 3 : 2;
-}
+GEMMA_HOST_DEVICE constexpr int chunks_ahead(DType t, int R) { return small_chunk(t) ? 4 : R == 1 ? 3 : 2; }
 
 // What the warps have of R groups' sums, in shared memory [warps][16 R][4], becomes results: four threads a row, a part each.
 template <int R>
@@ -52,20 +49,14 @@ GEMMA_KERNEL GEMMA_BOUNDS(kMatvecThreads, 1) one_row_kernel(MatvecArgs a) {
   x.sums = reinterpret_cast<float*>(x.units + split_bytes(a.cols, 1) / 2);
   x.columns = kParts;
   const int pieces = static_cast<int>(a.parts[0].w.pieces), total = total_rows(a);
-  const int chunks = (a.cols + chunk_values(T) - 1) / chunk_values(T),
-            turns = (chunks + kMatvecWarps - 1) / kMatvecWarps;
+  const int chunks = chunks_of(T, a.cols), turns = (chunks + kMatvecWarps - 1) / kMatvecWarps;
   const int per = rows_a_group(a), units = (groups_of(a) + R - 1) / R;
-  const bool plain = a.count == 1 || a.after == After::geglu;  // every group in the same matrices
   const int q = lane() % 4, column = lane() / 4 < kParts ? lane() / 4 : kParts - 1;
 
   RowAt at[2];  // of the first group of the unit
   Chunk<T> w[kAhead][2];
   int asked_unit = block_x(), asked_turn = 0;
-  auto find = [&] {
-    GEMMA_UNROLL
-    for (int i = 0; i < 2; ++i) at[i] = locate_row<T>(a, total, asked_unit * R, i, q);
-  };
-  find();
+  locate<T>(a, total, asked_unit * R, at);
   // Chunks of the unit's groups r = 0, 1, ... in turn.
   auto ask = [&](Chunk<T>* to, int r) {
     const int c = asked_turn * kMatvecWarps + warp();
@@ -81,10 +72,10 @@ GEMMA_KERNEL GEMMA_BOUNDS(kMatvecThreads, 1) one_row_kernel(MatvecArgs a) {
     if (r < R - 1 || ++asked_turn < turns) return;
     asked_turn = 0;
     asked_unit += blocks_x();
-    if (plain && (asked_unit + 1) * R * per <= total)
+    if (plain(a) && (asked_unit + 1) * R * per <= total)
       for (RowAt& row : at) row = further<T>(row, per * R * blocks_x(), pieces);
     else if (asked_unit < units)
-      find();
+      locate<T>(a, total, asked_unit * R, at);
   };
 
   allow_next();
@@ -125,7 +116,7 @@ GEMMA_KERNEL GEMMA_BOUNDS(kMatvecThreads, 1) one_row_kernel(MatvecArgs a) {
             [&](int b, int, int i) { return of_x[b][i]; }, acc[r]);
       }
       ask(w[step % kAhead], (step + kAhead) % R);
-      if ((R == 1 || r == R - 1) && ++turn == turns) {
+      if (r == R - 1 && ++turn == turns) {
         float* here = sums + half * sums_of_groups(R) / 8;
         if (q < 2) {
           GEMMA_UNROLL
@@ -165,8 +156,7 @@ struct OneRow {
   bool& fits;
   template <DType T>
   void run() const {
-    const bool many =
-        T != DType::Q8_0 && (a.count == 1 || a.after == After::geglu) && groups_of(a) >= kManyGroups * d.processors();
+    const bool many = T != DType::Q8_0 && plain(a) && groups_of(a) >= kManyGroups * d.processors();
     fits = (many && launch<T, kManyGroups>(d, a)) || launch<T, 1>(d, a);
   }
 };

@@ -1,4 +1,5 @@
-// What the kernels of products of few rows, matvec.cu and matmany.cu, have in common: groups of rows of W, and what becomes of results.
+// What the kernels of products of few rows, onerow.cu, matvec.cu and matmany.cu, have in common: groups of rows of W, the chunks of a group, and
+// what becomes of results.
 #pragma once
 
 #include "fragments.h"
@@ -15,6 +16,13 @@ GEMMA_HOST_DEVICE int total_rows(const MatvecArgs& a) {
   return static_cast<int>(total);
 }
 GEMMA_HOST_DEVICE int groups_of(const MatvecArgs& a) { return (total_rows(a) + rows_a_group(a) - 1) / rows_a_group(a); }
+// Every group lies in the same matrices.
+GEMMA_HOST_DEVICE bool plain(const MatvecArgs& a) { return a.count == 1 || a.after == After::geglu; }
+GEMMA_HOST_DEVICE constexpr int chunks_of(DType t, int cols) { return (cols + chunk_values(t) - 1) / chunk_values(t); }
+// Four chunks of two rows fit in a lane's registers; of other types three.
+GEMMA_HOST_DEVICE constexpr bool small_chunk(DType t) {
+  return t == DType::BF16 || t == DType::Q4_0 || t == DType::Q5_0;
+}
 GEMMA_DEVICE int part_of(const MatvecArgs& a, int& row) {
   int part = 0;
   while (part + 1 < a.count && row >= a.parts[part].w.rows) row -= static_cast<int>(a.parts[part++].w.rows);
@@ -110,15 +118,16 @@ GEMMA_DEVICE void put(const MatvecArgs& a, int row, int n, float v) {
   *out = a.after == After::add ? *out + v : v;
 }
 
-// What the warps have of a row of W and a column of x, in shared memory [warps][rows][columns]: the warps in order. Then the parts are added:
-// 0 + 1 + (2 + 0).
-static_assert(kParts == 3, "the order of parts");
+// What the warps have of a row of W and a column of x, in shared memory [warps][rows][columns]: the warps in order.
 GEMMA_DEVICE float warps_sum(const float* sums, int rows, int columns, int row, int column) {
   float s = 0;
   GEMMA_UNROLL
   for (int w = 0; w < kMatvecWarps; ++w) s += sums[(w * rows + row) * columns + column];
   return s;
 }
+
+static_assert(kParts == 3, "the sum of the parts of a row of x");
+GEMMA_DEVICE float parts_sum(float first, float second, float third) { return first + second + (third + 0.0f); }
 
 // Of more weights than this, blocks that begin together read faster: then they pass through the same stretch of W, and few addresses want
 // translating at a time. On an H200, gate and up of the 2B shape in bf16 (134 MB) took 38 us so, and 57 to 62 where blocks began as those
