@@ -141,6 +141,7 @@ def tests(env: dict[str, str]) -> None:
         "-p",
         "no:cacheprovider",
         "tests/test_cuda.py",
+        "tests/test_cuda_failures.py",
         "-k",
         "not emulated",
     ]

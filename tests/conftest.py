@@ -17,13 +17,21 @@ from typing import Any  # noqa: E402
 
 import pytest  # noqa: E402
 import tiny  # noqa: E402
-from engine import SPECK, GetModel, build  # noqa: E402
+from engine import SPECK, GetModel, build, emulated  # noqa: E402
 from make_golden import SEED  # noqa: E402
 
+from gemma_native import _native  # noqa: E402
 from gemma_native.checkpoint import Checkpoint
 from gemma_native.weights import open_checkpoint  # noqa: E402
 
 Open = Callable[[str], Checkpoint]
+
+
+@pytest.fixture(autouse=True)
+def plain_emulator() -> Iterator[None]:
+    yield
+    if emulated:
+        _native.testing.emulator()
 
 
 @pytest.fixture(scope="session")

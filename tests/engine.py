@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 import reference
 import tiny
 
@@ -19,6 +20,9 @@ from gemma_native.config import Config
 
 Array = np.ndarray
 GetModel = Callable[..., Any]
+
+emulated = hasattr(_native.testing, "emulator")
+needs_emulation = pytest.mark.skipif(not emulated, reason="built without the emulation")
 
 # The smallest model with everything: two layers, the first slides.
 SPECK: dict[str, Any] = {
