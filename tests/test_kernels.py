@@ -161,6 +161,20 @@ def test_bf16_bits_do_not_depend_on_company(rows: int, k: int) -> None:
         assert T.product("BF16", data, rows, k, x[:m], threads=2).tobytes() == alone[: 4 * rows * m], m
 
 
+@pytest.mark.parametrize(("rows", "k"), [(300, 64), (309, 96), (530, 2048), (518, 2144), (530, 2304), (260, 4128)])
+def test_bf16_weights_packed_in_passing(rows: int, k: int) -> None:
+    """Work items of several panels: while one is multiplied the next one is packed, if all its spans are alike (not with 2,144)."""
+    rng = np.random.default_rng(k)
+    data = (rng.standard_normal((rows, k)).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16).tobytes()
+    x = rng.standard_normal((135, k)).astype(np.float32)
+    several = (7, 13, 20, 64, 66, 135)  # rows of activations: every number of words that a tile packs, and two chunks and three
+    alone = {i: T.product("BF16", data, rows, k, x[i : i + 1]).tobytes() for m in several for i in (0, m // 2, m - 1)}
+    for m in several:
+        y = T.product("BF16", data, rows, k, x[:m], threads=1)
+        for i in (0, m // 2, m - 1):
+            assert y[i].tobytes() == alone[i], (m, i)
+
+
 @pytest.mark.parametrize("name", BLOCK)
 def test_bad_activations_stay_bad(name: str) -> None:
     """NaN or infinity in a row reaches that row's result, and no other's."""

@@ -48,7 +48,9 @@ inline void bf16_steps(const uint16_t* w, int64_t ldw, const uint16_t (*tail)[32
   };
   int64_t i = from;
   for (; i + kStep <= to; i += kStep) {
-    for (int r = 0; r < R && ahead; ++r) GEMMA_PREFETCH(ahead + r * ldw + i - from);
+    // For a single row of activations, which waits for memory, in the order of memory.
+    for (int r = 0; r < R && ahead; ++r)
+      GEMMA_PREFETCH(ahead + (M == 1 ? R * (i - from) + r * kStep : r * ldw + i - from));
     step(i, w + i, ldw);
   }
   if (i < to) step(i, tail[0], 32);
@@ -82,12 +84,13 @@ inline void bf16_few(const uint16_t* w, int64_t ldw, int rows, int64_t k, const 
   for (int i = 0; i < M; ++i) V::close(&sum[0][i], kFewRows, rows, out + i * ldo);
 }
 
-void bf16(const uint16_t* w, int64_t ldw, int rows, int64_t k, const void* acts, int64_t first, int m, int64_t n,
-          const uint16_t* next, uint8_t* scratch, bool again, float* out, int64_t ldo) {
+bool bf16(const uint16_t* w, int64_t ldw, int rows, int64_t k, const void* acts, int64_t first, int m, int64_t n,
+          Packed packed, const uint16_t* next, uint8_t* scratch, float* out, int64_t ldo) {
   if (n > kFewRows)
-    return bf16_columns(w, ldw, rows, k, static_cast<const V::Column*>(acts), first, m, n, next,
-                        reinterpret_cast<uint32_t*>(scratch), again, out, ldo);
+    return bf16_columns(w, ldw, rows, k, static_cast<const V::Column*>(acts), first, m, n, packed, next, scratch, out,
+                        ldo);
   bf16_few<kFewRows>(w, ldw, rows, k, static_cast<const uint8_t*>(acts), m, next, out, ldo);
+  return false;
 }
 
 }  // namespace GEMMA_ISA

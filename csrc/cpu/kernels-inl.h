@@ -290,6 +290,7 @@ constexpr Kernels make_table(const char* name) {
   k.panel = panel;
   k.scan = scan;
   k.bf16 = bf16;
+  k.bf16_scratch = bf16_scratch;
   k.geglu = geglu;
   k.add = add;
   k.softcap = softcap;

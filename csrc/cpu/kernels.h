@@ -42,6 +42,9 @@ struct TiledPanel {
   const uint8_t* low;
 };
 
+// How much of a panel's bf16 weights lies in the scratch as the kernel likes it: nothing, what it begins with, everything.
+enum class Packed { kNothing, kFirst, kAll };
+
 // One block of an activation row for the scan of a head by the high bits h of its values: d_w being the weight row's scale, the
 // block adds d_w (d[0] h . q + d[1] h' . q' + offset[0]) to the estimate and d_w^2 energy[0] to the margin's square. With a scale for
 // either half (Q6_K), each half adds its own.
@@ -77,10 +80,12 @@ struct Kernels {
   void (*scan)(DType type, const uint8_t* units, int64_t blocks, const QuantActs& acts, const ScanScale* scales,
                uint32_t skip, float* low, float* high, int64_t ld);
   // out[i * ldo + r] = W[r] . x[first + i] for `rows` weight rows in file order (at most kBf16Rows) and m (at most kActChunk) of
-  // the n packed activation rows. `scratch`, of bf16_scratch(k) bytes, keeps the weights as the kernel likes them: `again` says that
-  // the last call with this scratch was for the same weights. `next`: the weights that the caller will want after these, or null.
-  void (*bf16)(const uint16_t* w, int64_t ldw, int rows, int64_t k, const void* x, int64_t first, int m, int64_t n,
-               const uint16_t* next, uint8_t* scratch, bool again, float* out, int64_t ldo);
+  // the n packed activation rows. `scratch`, of bf16_scratch(k) bytes, keeps the weights as the kernel likes them; `packed`: how much of
+  // that earlier calls with the same scratch and n have done. `next`: kBf16Rows weight rows, ldw apart, that the next call with this
+  // scratch will be for, or null. Returns whether it has begun with them (kFirst).
+  bool (*bf16)(const uint16_t* w, int64_t ldw, int rows, int64_t k, const void* x, int64_t first, int m, int64_t n,
+               Packed packed, const uint16_t* next, uint8_t* scratch, float* out, int64_t ldo);
+  int64_t (*bf16_scratch)(int64_t k);
 
   void (*geglu)(const float* gate, const float* up, int64_t n, float* out);  // gelu_tanh(gate) * up
   void (*add)(float* x, const float* y, int64_t n);                          // x += y
@@ -112,8 +117,6 @@ struct Kernels {
 };
 
 constexpr int kBf16Rows = 32;
-// (with gaps, and the last step and span filled up)
-constexpr int64_t bf16_scratch(int64_t k) { return 2 * kBf16Rows * (k + k / 16 + 160); }
 
 extern const Kernels kScalarKernels;
 #if defined(GEMMA_NATIVE_X86)

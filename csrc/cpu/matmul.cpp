@@ -131,22 +131,29 @@ constexpr int64_t kGroupBlocks = 128;  // blocks along K at a time, so that both
 constexpr int kTile = kActChunk * kPanel;
 constexpr int64_t kManyRows = 16;  // fewer rows wait for memory, and each panel is better read in one go
 
-// tiles[p][m][32] = panels[p] times rows [m0, m0 + m) of the activations. `again`: not the first such call for these panels.
-// panels[count] is the panel that comes after them, its matrix null if none does.
+// tiles[p][m][32] = panels[p] times rows [m0, m0 + m) of the activations, in one of the calls for these panels, `first` or `last` or
+// both. panels[count] and so on are those that come after them, their matrices null if none do; begun[p]: whether the last call for such
+// panels has begun with panels[p].
 void group_product(const Kernels& kernels, const Activations& x, const Panel* panels, int count, int64_t m0, int m,
-                   bool again, float* tiles) {
+                   bool first, bool last, bool* begun, float* tiles) {
   static thread_local Memory scratch;
-  // A single chunk leaves nothing in the scratch for a later call, so its panels share one that stays in the cache.
-  const size_t room = bf16_scratch(x.blocks() * kBlock), apart = x.n > kActChunk ? room : 0;
+  // A single chunk leaves only what comes next in the scratch, so its panels share one that stays in the cache.
+  const bool shared = x.n <= kActChunk;
+  const size_t room = kernels.bf16_scratch(x.blocks() * kBlock);
   if (x.bf16() && x.n > 1) {
     scratch.grow(1u << 20);  // enough for a huge page
-    scratch.grow((count - 1) * apart + room);
+    scratch.grow(shared ? room : count * room);
   }
   for (int p = 0; p < count; ++p) {
     const CpuMatrix& w = *panels[p].w;
-    if (encoding(w.type).quantized) continue;
-    kernels.bf16(panels[p].bf16(), w.cols, panels[p].rows(), w.cols, x.packed(), m0, m, x.n, panels[p + 1].bf16(),
-                 scratch.data() + p * apart, again, tiles + p * kTile, kPanel);
+    const uint16_t* rows = panels[p].bf16();
+    if (!rows) continue;
+    const int own = shared ? 0 : p;
+    const Panel& after = panels[shared ? p + 1 : count + p];
+    const uint16_t* next = last && after.w && after.rows() == kBf16Rows ? after.bf16() : nullptr;
+    const Packed packed = !first ? Packed::kAll : begun[own] ? Packed::kFirst : Packed::kNothing;
+    begun[own] = kernels.bf16(rows, w.cols, panels[p].rows(), w.cols, x.packed(), m0, m, x.n, packed, next,
+                              scratch.data() + own * room, tiles + p * kTile, kPanel);
   }
   const int64_t step = count > 1 ? kGroupBlocks : x.blocks();
   for (int64_t from = 0; from < x.blocks(); from += step)
@@ -174,16 +181,18 @@ void each_product(const Kernels& kernels, ThreadPool& pool, const Activations& x
     pool.parallel_for(total, grain, [&](int64_t begin, int64_t end, int) {
       alignas(64) float tiles[kGroup * kTile];
       Panel panels[kGroup + 2];  // and those after the group
+      bool begun[kGroup] = {};
+      const int64_t to = std::min(x.n, from + sweep);
       for (int64_t i = begin; i < end; i += group / each) {
         const int count = static_cast<int>(std::min<int64_t>(group / each, end - i));
         for (int j = 0; j < count; ++j) at(i + j, panels + j * each);
         if (i + count < end)
           at(i + count, panels + count * each);
         else
-          panels[count * each] = {};
-        for (int64_t m0 = from; m0 < std::min(x.n, from + sweep); m0 += kActChunk) {
+          std::fill_n(panels + count * each, each, Panel{});
+        for (int64_t m0 = from; m0 < to; m0 += kActChunk) {
           const int m = static_cast<int>(std::min<int64_t>(kActChunk, x.n - m0));
-          group_product(kernels, x, panels, count * each, m0, m, m0 > from, tiles);
+          group_product(kernels, x, panels, count * each, m0, m, m0 == from, m0 + m == to, begun, tiles);
           for (int j = 0; j < count; ++j) done(i + j, panels + j * each, m0, m, tiles + j * each * kTile);
         }
       }

@@ -64,7 +64,7 @@ struct V {
   static I max_i(I a, I b) { return _mm256_max_epi32(a, b); }
   static F as_float(I a) { return _mm256_castsi256_ps(a); }
   static I as_int(F a) { return _mm256_castps_si256(a); }
-  static void store_i(int32_t* p, I x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+  static void store_i(void* p, I x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
   static I swap_pairs(I x) { return _mm256_shuffle_epi32(x, 0xb1); }
   // Lane i: the 8 lanes of v[i] joined by op in the tree of `sum`.
   template <class Op>
@@ -244,16 +244,16 @@ struct V {
   };
   static constexpr int kColumnStep = 16, kColumnTile = 6,
                        kColumnVectors = 2;  // with two vectors of weights, 12 sums in 16 registers
+  static constexpr int kColumnAhead = 0;    // the hardware's own prefetch keeps up
   static constexpr int kJoinFirst = 1;      // `close` joins both halves, then lanes k and k + 4
   static void to_columns(const float* x, Column* c) {
     for (int j = 0; j < 4; ++j)
       for (int i = 0; i < 4; ++i) c[j].v[i] = x[j / 2 * 8 + j % 2 + 2 * i];
   }
-  // c[j] = values at + 8 j to at + 8 j + 7 of 2 rows.
-  static void columns(const uint16_t* const* rows, int64_t at, I* c) {
-    const I x0 = load_i(rows[0] + at), x1 = load_i(rows[1] + at);
-    c[0] = _mm256_permute2x128_si256(x0, x1, 0x20);
-    c[1] = _mm256_permute2x128_si256(x0, x1, 0x31);
+  // Values at to at + 7 of 2 rows.
+  static I column(const uint16_t* const* rows, int64_t at) {
+    auto load = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i] + at)); };
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(load(0)), load(1), 1);
   }
   using Part = F;
   template <int PART>

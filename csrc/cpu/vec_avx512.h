@@ -66,7 +66,7 @@ struct V {
   static I max_i(I a, I b) { return _mm512_max_epi32(a, b); }
   static F as_float(I a) { return _mm512_castsi512_ps(a); }
   static I as_int(F a) { return _mm512_castps_si512(a); }
-  static void store_i(int32_t* p, I x) { _mm512_storeu_si512(p, x); }
+  static void store_i(void* p, I x) { _mm512_storeu_si512(p, x); }
   static I swap_pairs(I x) { return _mm512_shuffle_epi32(x, static_cast<_MM_PERM_ENUM>(0xb1)); }
   // Lane i: the 16 lanes of v[i] joined by op in the tree of `sum`.
   template <class Op>
@@ -188,17 +188,16 @@ struct V {
   };
   static constexpr int kColumnStep = 32, kColumnTile = 6,
                        kColumnVectors = 4;  // 24 sums in 32 registers
-  static constexpr int kJoinFirst = 2;      // `sum` joins lanes k and k + 8, then k and k + 4
+  static constexpr int kColumnAhead =
+      6144;  // bytes of activations asked for ahead, those of a pass of a tile: a chunk lies in L2 or further away
+  static constexpr int kJoinFirst = 2;  // `sum` joins lanes k and k + 8, then k and k + 4
   static void to_columns(const float* x, Column* c) { pack32(x, c); }
-  // c[j] = values at + 8 j to at + 8 j + 7 of 4 rows.
-  static void columns(const uint16_t* const* rows, int64_t at, I* c) {
-    const I x0 = load_i(rows[0] + at), x1 = load_i(rows[1] + at), x2 = load_i(rows[2] + at), x3 = load_i(rows[3] + at);
-    const I low0 = _mm512_shuffle_i32x4(x0, x1, 0x44), low1 = _mm512_shuffle_i32x4(x2, x3, 0x44);
-    const I high0 = _mm512_shuffle_i32x4(x0, x1, 0xee), high1 = _mm512_shuffle_i32x4(x2, x3, 0xee);
-    c[0] = _mm512_shuffle_i32x4(low0, low1, 0x88);
-    c[1] = _mm512_shuffle_i32x4(low0, low1, 0xdd);
-    c[2] = _mm512_shuffle_i32x4(high0, high1, 0x88);
-    c[3] = _mm512_shuffle_i32x4(high0, high1, 0xdd);
+  // Values at to at + 7 of 4 rows.
+  static I column(const uint16_t* const* rows, int64_t at) {
+    auto load = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i] + at)); };
+    I x = _mm512_inserti32x4(_mm512_castsi128_si512(load(0)), load(1), 1);
+    x = _mm512_inserti32x4(x, load(2), 2);
+    return _mm512_inserti32x4(x, load(3), 3);
   }
   using Part = I;
   template <int>

@@ -148,7 +148,7 @@ struct V {
     std::memcpy(r.v, a.v, sizeof(r.v));
     return r;
   }
-  static void store_i(int32_t* p, I x) { std::memcpy(p, x.v, sizeof(x.v)); }
+  static void store_i(void* p, I x) { std::memcpy(p, x.v, sizeof(x.v)); }
   static I swap_pairs(I x) {
     I r;
     GEMMA_EACH r.v[i] = x.v[i ^ 1];
@@ -293,12 +293,14 @@ struct V {
     float v[4];
   };
   static constexpr int kColumnStep = 16, kColumnTile = 4, kColumnVectors = 2;
+  static constexpr int kColumnAhead = 0;
   static constexpr int kJoinFirst = 2;  // `close` joins sums k and k + 8, then k and k + 4
   static void to_columns(const float* x, Column* c) { std::memcpy(c, x, kColumnStep * sizeof(float)); }
-  // c[j] = values at + 8 j to at + 8 j + 7 of 2 rows.
-  static void columns(const uint16_t* const* rows, int64_t at, I* c) {
-    for (int j = 0; j < 2; ++j)
-      for (int r = 0; r < 2; ++r) std::memcpy(&c[j].v[4 * r], rows[r] + at + 8 * j, 4 * sizeof(int32_t));
+  // Values at to at + 7 of 2 rows.
+  static I column(const uint16_t* const* rows, int64_t at) {
+    I c;
+    for (int r = 0; r < 2; ++r) std::memcpy(&c.v[4 * r], rows[r] + at, 4 * sizeof(int32_t));
+    return c;
   }
   using Part = F;
   template <int PART>

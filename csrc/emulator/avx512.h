@@ -14,9 +14,9 @@
 #undef _mm512_setr_epi32
 #undef _mm512_cmp_ps_mask
 #undef _mm512_extractf32x8_ps
+#undef _mm512_inserti32x4
 #undef _mm512_shuffle_epi32
 #undef _mm512_shuffle_f32x4
-#undef _mm512_shuffle_i32x4
 #undef _mm512_shuffle_ps
 #undef _mm512_slli_epi16
 #undef _mm512_slli_epi32
@@ -196,7 +196,12 @@ inline __m512i _mm512_broadcast_i32x4(__m128i x) {
   const __m256i both = _mm256_broadcastsi128_si256(x);
   return {both, both};
 }
-inline __m512i _mm512_shuffle_i32x4(__m512i x, __m512i y, int order) { return shuffle_groups<int32_t>(x, y, order); }
+inline __m512i _mm512_castsi128_si512(__m128i x) { return halves(_mm256_castsi128_si256(x), _mm256_setzero_si256()); }
+inline __m512i _mm512_inserti32x4(__m512i x, __m128i y, int group) {
+  auto r = lanes<int32_t>(x);
+  std::memcpy(&r[4 * group], &y, sizeof(y));
+  return vector<__m512i>(r);
+}
 inline __m512 _mm512_permutexvar_ps(__m512i order, __m512 x) {
   const auto o = lanes<int32_t>(order);
   const auto a = lanes<float>(x);
