@@ -110,7 +110,7 @@ inline void column_tile(const uint32_t* w, const V::Column* x, int64_t steps, bo
   GEMMA_UNROLL(24)  // else GCC moves the sums to memory and back before the loop, and after it
   for (int i = 0; i < kSums; ++i) a[i] = start ? V::zero() : V::load(at(i));
   // Else a sixth of the instructions are the loop's own, and whoever shares the core slows all of them down.
-  GEMMA_UNROLL(2)
+  GEMMA_UNROLL(4)
   for (int64_t step = 0; step < steps; ++step, x += M) {
     for (int j = 0; j < WORDS; ++j) {
       V::store_i(ahead.out + (j * steps + step) * N * W, V::column(ahead.row, step * kColumnStep + 8 * j));

@@ -247,8 +247,11 @@ struct V {
   static constexpr int kColumnAhead = 0;    // the hardware's own prefetch keeps up
   static constexpr int kJoinFirst = 1;      // `close` joins both halves, then lanes k and k + 4
   static void to_columns(const float* x, Column* c) {
-    for (int j = 0; j < 4; ++j)
-      for (int i = 0; i < 4; ++i) c[j].v[i] = x[j / 2 * 8 + j % 2 + 2 * i];
+    for (int half = 0; half < 2; ++half, x += 8) {
+      const __m128 low = _mm_loadu_ps(x), high = _mm_loadu_ps(x + 4);
+      _mm_storeu_ps(c[2 * half].v, _mm_shuffle_ps(low, high, 0x88));
+      _mm_storeu_ps(c[2 * half + 1].v, _mm_shuffle_ps(low, high, 0xdd));
+    }
   }
   // Values at to at + 7 of 2 rows.
   static I column(const uint16_t* const* rows, int64_t at) {
