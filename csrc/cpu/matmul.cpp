@@ -107,11 +107,10 @@ namespace {
 
 int64_t panels_of(const CpuMatrix& w) { return (w.rows + kPanel - 1) / kPanel; }
 
-// Panels a work item, for `bytes` of weights in `panels` panels: long runs keep the memory streaming, since what is asked for beyond
-// an item's end comes in vain, but every thread should get several.
+// Panels of the shortest work item, for `bytes` of weights in `panels` panels: what is asked for beyond an item's end comes in vain.
 int64_t grain_of(const ThreadPool& pool, size_t bytes, int64_t panels) {
-  const size_t share = bytes / (8 * static_cast<size_t>(pool.size()));
-  const size_t item = std::clamp<size_t>(share, 16u << 10, 1u << 20);
+  const size_t share = bytes / (32 * static_cast<size_t>(pool.size()));
+  const size_t item = std::clamp<size_t>(share, 16u << 10, 256u << 10);
   return std::max<int64_t>(1, static_cast<int64_t>(item * static_cast<size_t>(panels) / bytes));
 }
 

@@ -75,12 +75,21 @@ struct ThreadPool::Shared {
 
   int awake() const { return started.load() - sleepers.load(); }
 
+  // Half of a thread's share of what is left, in whole grains: long pieces while the others have much to do, since each one waits for
+  // memory at its beginning, and short ones at the end, so that all threads end together.
+  int64_t piece_at(int64_t begin) const {
+    const int64_t share = (count - begin) / (2 * (static_cast<int64_t>(workers.size()) + 1));
+    return std::max(grain, share / grain * grain);
+  }
+
   void pieces(int thread) {
     for (;;) {
-      const int64_t begin = next.fetch_add(grain, std::memory_order_relaxed);
+      int64_t begin = next.load(std::memory_order_relaxed);
+      while (begin < count && !next.compare_exchange_weak(begin, begin + piece_at(begin), std::memory_order_relaxed)) {
+      }
       if (begin >= count) return;
       try {
-        call(context, begin, std::min(count, begin + grain), thread);
+        call(context, begin, std::min(count, begin + piece_at(begin)), thread);
       } catch (...) {
         std::lock_guard<std::mutex> lock(mutex);
         if (!error) error = std::current_exception();
