@@ -231,16 +231,22 @@ def set_once_running(flag: Callable[[], None], cache: Any) -> threading.Thread:
 def test_cancel_from_another_thread(speck_model: Any, how: str) -> None:
     m = speck_model
     tokens = random_tokens(4096, 18, 61)
-    flag, cache = _native.CancelFlag(), m.new_cache()
-    thread = set_once_running(flag.set, cache)
-    with pytest.raises(_native.Cancelled):
-        if how == "score":
-            m.score(tokens, cache, cancel=flag)
-        elif how == "batch":
-            m.forward_batch([tokens, tokens[:7]], [cache, m.new_cache()], cancel=flag)
-        else:
-            m.forward(tokens, cache, how == "all_logits", top_k=3 if how == "top_k" else None, cancel=flag)
-    thread.join()
+    for _ in range(100):  # on a busy machine the other thread may come too late
+        flag, cache = _native.CancelFlag(), m.new_cache()
+        thread = set_once_running(flag.set, cache)
+        try:
+            if how == "score":
+                m.score(tokens, cache, cancel=flag)
+            elif how == "batch":
+                m.forward_batch([tokens, tokens[:7]], [cache, m.new_cache()], cancel=flag)
+            else:
+                m.forward(tokens, cache, how == "all_logits", top_k=3 if how == "top_k" else None, cancel=flag)
+        except _native.Cancelled:
+            break
+        finally:
+            thread.join()
+    else:
+        pytest.fail("no call was cancelled")
     n = cache.length
     assert n % 512 == 0 and 0 < n < 4096
     # What was appended is whole: going on from there gives the bits of an undisturbed run.
