@@ -167,14 +167,8 @@ def test_bf16_weights_packed_in_passing(rows: int, k: int) -> None:
     rng = np.random.default_rng(k)
     data = (rng.standard_normal((rows, k)).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16).tobytes()
     x = rng.standard_normal((135, k)).astype(np.float32)
-    several = (
-        7,
-        13,
-        20,
-        64,
-        66,
-        135,
-    )  # rows of activations: every number of words that a tile packs, and two chunks and three
+    # Rows of activations: every number of words that a tile packs, and two chunks and three.
+    several = (7, 13, 20, 64, 66, 135)
     alone = {i: T.product("BF16", data, rows, k, x[i : i + 1]).tobytes() for m in several for i in (0, m // 2, m - 1)}
     for m in several:
         y = T.product("BF16", data, rows, k, x[:m], threads=1)

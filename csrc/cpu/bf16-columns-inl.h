@@ -202,6 +202,7 @@ inline bool bf16_columns(const uint16_t* w, int64_t ldw, int rows, int64_t k, co
   const int64_t span = span_of(k), spans = (k + span - 1) / span, regions = (rows + kGroup - 1) / kGroup * spans;
   // Regions take turns in two places, unless other chunks of activations will ask for all of them again.
   const int64_t places = n > kActChunk ? regions_of(k) + 1 : 2;
+  const int64_t bytes = region_bytes(k);
   int64_t& place = *reinterpret_cast<int64_t*>(scratch);  // of the first
   if (packed == Packed::kNothing) place = 0;
   auto group_rows = [&](int64_t i) {
@@ -210,7 +211,7 @@ inline bool bf16_columns(const uint16_t* w, int64_t ldw, int rows, int64_t k, co
   };
   auto region = [&](int64_t i) {  // the one after the last is the first of `next`
     const uint16_t* from = i < regions ? w + i / spans * kGroup * ldw : next;
-    uint8_t* to = scratch + kPlaceBytes + (place + i) % places * region_bytes(k);
+    uint8_t* to = scratch + kPlaceBytes + (place + i) % places * bytes;
     return Span{from ? from + i % spans * span : nullptr, length(i % spans * span, k, span),
                 reinterpret_cast<uint32_t*>(to)};
   };

@@ -19,9 +19,7 @@ constexpr int kGroups = kPanel / W;  // vectors that cover a panel's 32 rows
 
 #if defined(__GNUC__)
 #define GEMMA_PREFETCH(p) __builtin_prefetch(p)
-#define GEMMA_PREFETCH_L2(p) __builtin_prefetch(p, 0, 2)
 #else
-#define GEMMA_PREFETCH_L2(p) (void)(p)
 #define GEMMA_PREFETCH(p) (void)(p)
 #endif
 #define GEMMA_PRAGMA(x) _Pragma(#x)

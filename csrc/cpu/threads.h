@@ -18,7 +18,8 @@ class ThreadPool {
 
   int size() const { return size_; }
 
-  // Calls fn(begin, end, thread) for pieces of [0, count), of `grain` items or a multiple of that, and returns when all are done.
+  // Calls fn(begin, end, thread) for pieces of [0, count), of `grain` items or a multiple of that but for the last, in any order, and
+  // returns when all are done.
   // The first exception of a piece is rethrown here; later pieces are then skipped. One caller at a time; no nesting.
   template <class Fn>
   void parallel_for(int64_t count, int64_t grain, Fn&& fn) {

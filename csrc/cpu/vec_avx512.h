@@ -188,8 +188,8 @@ struct V {
   };
   static constexpr int kColumnStep = 32, kColumnTile = 6,
                        kColumnVectors = 4;  // 24 sums in 32 registers
-  static constexpr int kColumnAhead =
-      6144;  // bytes of activations asked for ahead, those of a pass of a tile: a chunk lies in L2 or further away
+  // Bytes of activations that are asked for ahead, those of a pass of a tile: a chunk lies in L2 or further away.
+  static constexpr int kColumnAhead = 6144;
   static constexpr int kJoinFirst = 2;  // `sum` joins lanes k and k + 8, then k and k + 4
   static void to_columns(const float* x, Column* c) { pack32(x, c); }
   // Values at to at + 7 of 4 rows.

@@ -184,14 +184,12 @@ inline V shuffle_in_groups(V x, V y, int order) {
 }
 inline __m512 _mm512_shuffle_ps(__m512 x, __m512 y, int order) { return shuffle_in_groups<float>(x, y, order); }
 inline __m512i _mm512_shuffle_epi32(__m512i x, int order) { return shuffle_in_groups<int32_t>(x, x, order); }
-template <class T, class V>
-inline V shuffle_groups(V x, V y, int order) {
-  const auto a = lanes<T>(x), b = lanes<T>(y);
+inline __m512 _mm512_shuffle_f32x4(__m512 x, __m512 y, int order) {
+  const auto a = lanes<float>(x), b = lanes<float>(y);
   auto r = a;
   for (int i = 0; i < 16; ++i) r[i] = (i < 8 ? a : b)[(order >> i / 4 * 2 & 3) * 4 + i % 4];
-  return vector<V>(r);
+  return vector<__m512>(r);
 }
-inline __m512 _mm512_shuffle_f32x4(__m512 x, __m512 y, int order) { return shuffle_groups<float>(x, y, order); }
 inline __m512i _mm512_broadcast_i32x4(__m128i x) {
   const __m256i both = _mm256_broadcastsi128_si256(x);
   return {both, both};
