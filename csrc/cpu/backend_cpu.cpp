@@ -96,7 +96,7 @@ class CpuBackend final : public Backend {
             {&cpu(*w.k), k_.data(), c.num_kv_heads * E},
             {&cpu(*w.v), v_.data(), c.num_kv_heads * E}});
     const RopeTable& rope = rope_table(w.rope_base, w.rope_scale, E);
-    pool_.parallel_for(n, 8, [&](int64_t begin, int64_t end, int) {
+    pool_.parallel_for(n, 2, [&](int64_t begin, int64_t end, int) {
       size_t s = 0;
       for (int64_t r = begin; r < end; ++r) {
         while (r >= rows.spans[s].row + rows.spans[s].count) ++s;
@@ -309,7 +309,7 @@ class CpuBackend final : public Backend {
     if (!post_norm) return matmul(kernels_, pool_, in, {{&cpu(w), x.data, d, true}});
     grow(y_, n * d);
     matmul(kernels_, pool_, in, {{&cpu(w), y_.data(), d}});
-    pool_.parallel_for(n, 16, [&](int64_t begin, int64_t end, int) {
+    pool_.parallel_for(n, 4, [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) {
         float* y = y_.data() + i * d;
         kernels_.rms_norm(y, post_norm->data, d, c.rms_norm_eps, y);

@@ -91,13 +91,17 @@ std::vector<int64_t> HeadScan::reachable(const Kernels& kernels, ThreadPool& poo
   if (!checked_) return all;
 
   // k panels hold a row each that is no worse than this.
-  std::vector<float> bar(x.n), sorted(total);
-  for (int64_t i = 0; i < x.n; ++i) {
-    std::copy_n(bounds_.low.begin() + i * total, total, sorted.begin());
-    std::nth_element(sorted.begin(), sorted.begin() + (k - 1), sorted.end(), std::greater<float>());
-    bar[i] = sorted[k - 1];
-    if (!std::isfinite(bar[i]) || (softcap > 0 && bar[i] > kUnsaturated * softcap)) return all;
-  }
+  std::vector<float> bar(x.n), sorted(x.n * total);
+  pool.parallel_for(x.n, 1, [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) {
+      float* low = sorted.data() + i * total;
+      std::copy_n(bounds_.low.begin() + i * total, total, low);
+      std::nth_element(low, low + (k - 1), low + total, std::greater<float>());
+      bar[i] = low[k - 1];
+    }
+  });
+  for (float b : bar)
+    if (!std::isfinite(b) || (softcap > 0 && b > kUnsaturated * softcap)) return all;
   std::vector<int64_t> reachable;
   for (int64_t p = 0; p < total; ++p) {
     bool in = apart_[p] != 0;

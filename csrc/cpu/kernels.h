@@ -72,9 +72,10 @@ struct Kernels {
   int64_t (*pack_bytes)(int64_t k);
 
   // tile[row][32] = one panel of weights times a chunk of activations over `count` blocks along K from `first` on, where `acts`
-  // begins (both multiples of 8 for K-quants). `add` goes on from what the tile holds.
+  // begins (both multiples of 8 for K-quants). `add` goes on from what the tile holds. `next`: what memory is asked for once these blocks
+  // have been, the panel of the next call, or nulls for what follows in memory.
   void (*panel)(DType type, const TiledPanel& panel, int64_t first, int64_t count, const QuantActs& acts, bool add,
-                float* tile);
+                const TiledPanel& next, float* tile);
   // low[row * ld], high[row * ld] = the largest of estimate - margin and of estimate + margin among the weight rows of a panel of Q8_0 or
   // Q6_K, without those whose bit is set in `skip`; scales is [blocks][rows].
   void (*scan)(DType type, const uint8_t* units, int64_t blocks, const QuantActs& acts, const ScanScale* scales,

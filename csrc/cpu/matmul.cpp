@@ -80,7 +80,7 @@ void Activations::prepare(const Kernels& kernels, ThreadPool& pool, const std::v
   scratch_.resize(pool.size());
   for (auto& s : scratch_)
     if (static_cast<int64_t>(s.size()) < k) s.resize(k);
-  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, k));
+  const int64_t grain = std::max<int64_t>(1, 2560 / std::max<int64_t>(1, k));
   pool.parallel_for(n, grain, [&](int64_t begin, int64_t end, int thread) {
     for (int64_t i = begin; i < end; ++i) put(kernels, 0, k, i, 1, get(i, scratch_[thread].data()), k);
   });
@@ -119,8 +119,9 @@ struct Panel {
   const CpuMatrix* w = nullptr;
   int64_t index = 0;
   int rows() const { return static_cast<int>(std::min<int64_t>(kPanel, w->rows - index * kPanel)); }
+  bool quantised() const { return w && encoding(w->type).quantized; }
   const uint16_t* bf16() const {  // null where there are none
-    if (!w || encoding(w->type).quantized) return nullptr;
+    if (!w || quantised()) return nullptr;
     return reinterpret_cast<const uint16_t*>(w->bf16_row(index * kPanel));
   }
 };
@@ -133,13 +134,13 @@ constexpr int64_t kManyRows = 16;  // fewer rows wait for memory, and each panel
 // tiles[p][m][32] = panels[p] times rows [m0, m0 + m) of the activations, in one of the calls for these panels, `first` or `last` or
 // both. panels[count] and so on are those that come after them, their matrices null if none do; begun[p]: whether the last call for such
 // panels has begun with panels[p].
-void group_product(const Kernels& kernels, const Activations& x, const Panel* panels, int count, int64_t m0, int m,
-                   bool first, bool last, bool* begun, float* tiles) {
+void bf16_product(const Kernels& kernels, const Activations& x, const Panel* panels, int count, int64_t m0, int m,
+                  bool first, bool last, bool* begun, float* tiles) {
   static thread_local Memory scratch;
   // A single chunk leaves only what comes next in the scratch, so its panels share one that stays in the cache.
   const bool shared = x.n <= kActChunk;
   const size_t room = kernels.bf16_scratch(x.blocks() * kBlock);
-  if (x.bf16() && x.n > 1) {
+  if (x.n > 1) {
     scratch.grow(1u << 20);  // enough for a huge page
     scratch.grow(shared ? room : count * room);
   }
@@ -154,15 +155,21 @@ void group_product(const Kernels& kernels, const Activations& x, const Panel* pa
     begun[own] = kernels.bf16(rows, w.cols, panels[p].rows(), w.cols, x.packed(), m0, m, x.n, packed, next,
                               scratch.data() + own * room, tiles + p * kTile, kPanel);
   }
+}
+// The same of quantised weights, which need no knowledge of other calls.
+void quant_product(const Kernels& kernels, const Activations& x, const Panel* panels, int count, int64_t m0,
+                   float* tiles) {
   const int64_t step = count > 1 ? kGroupBlocks : x.blocks();
   for (int64_t from = 0; from < x.blocks(); from += step)
     for (int p = 0; p < count; ++p) {
+      if (!panels[p].quantised()) continue;
       const CpuMatrix& w = *panels[p].w;
       const Encoding& e = encoding(w.type);
-      if (!e.quantized) continue;
       const int64_t unit = e.block / kBlock, blocks = (w.cols + e.block - 1) / e.block * unit;
+      const bool next = x.n < kManyRows && panels[p + 1].quantised();
       kernels.panel(w.type, w.tiled_panel(panels[p].index), from, std::min(step, blocks - from), x.chunk(m0, from),
-                    from > 0, tiles + p * kTile);
+                    from > 0, next ? panels[p + 1].w->tiled_panel(panels[p + 1].index) : TiledPanel{},
+                    tiles + p * kTile);
     }
 }
 
@@ -191,7 +198,8 @@ void each_product(const Kernels& kernels, ThreadPool& pool, const Activations& x
           std::fill_n(panels + count * each, each, Panel{});
         for (int64_t m0 = from; m0 < to; m0 += kActChunk) {
           const int m = static_cast<int>(std::min<int64_t>(kActChunk, x.n - m0));
-          group_product(kernels, x, panels, count * each, m0, m, m0 == from, m0 + m == to, begun, tiles);
+          if (x.bf16()) bf16_product(kernels, x, panels, count * each, m0, m, m0 == from, m0 + m == to, begun, tiles);
+          if (x.quant()) quant_product(kernels, x, panels, count * each, m0, tiles);
           for (int j = 0; j < count; ++j) done(i + j, panels + j * each, m0, m, tiles + j * each * kTile);
         }
       }

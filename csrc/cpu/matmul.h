@@ -48,6 +48,7 @@ class Activations {
   int64_t blocks() const { return blocks_; }
   const void* packed() const { return packed_.data(); }
   bool bf16() const { return bf16_; }
+  bool quant() const { return quant_; }
   size_t row_bytes() const { return row_bytes_; }  // of both forms
 
  private:

@@ -188,6 +188,8 @@ struct SumsInTile {
 
 // Several rows: a block of weights stays in registers while all activation rows stream past it.
 constexpr int kHeld = W == 16 ? 2 : 1;  // groups held at once: 16 of 32 registers, or 8 of 16
+// Rows in a turn of the loop, whose end costs a tenth of what a single group takes.
+constexpr int kUnrolled = W == 16 ? 1 : 4;
 
 template <class Q, bool FINE>
 struct ManyRows : SumsInTile {
@@ -198,6 +200,7 @@ struct ManyRows : SumsInTile {
     Block b0, b1;
     decode<Q, G - kHeld>(unit, low, j, b0);
     if (kHeld == 2) decode<Q, G - 1>(unit, low, j, b1);
+    GEMMA_UNROLL(kUnrolled)
     for (int i = 0; i < rows; ++i) {
       float* t = tile + i * kPanel + (G - kHeld) * W;
       F x = V::load(t);
@@ -267,7 +270,13 @@ struct Run {
   TiledPanel panel;
   int64_t first, count;
   bool add;
+  TiledPanel next;
 };
+
+// Of what need not lie in the same array.
+inline intptr_t distance(const uint8_t* from, const uint8_t* to) {
+  return reinterpret_cast<intptr_t>(to) - reinterpret_cast<intptr_t>(from);
+}
 
 // A function for each kind of rows, since each wants all registers.
 template <class Q, class Rows>
@@ -275,15 +284,22 @@ GEMMA_NOINLINE void walk(const Run& run, const QuantActs& a, float* tile) {
   constexpr int kBlockBytes = Q::kUnit / Q::kUnitBlocks;
   const uint8_t* unit = run.panel.units + run.first * kBlockBytes;
   const uint8_t* low = run.panel.low + run.first * Q::kLow;
+  // How far ahead memory is asked for: kAhead blocks, of which the last are the beginning of the next panel. Hardware prefetch ends with
+  // a page, which one row would wait for and a few all the more.
+  intptr_t ahead = V::kAhead * kBlockBytes, low_ahead = V::kAhead * Q::kLow;
+  int64_t left = !run.next.units ? -1 : run.count > V::kAhead ? run.count - V::kAhead : 0;
   const int8_t* q = a.q;
   const ActScale* s = a.scale;
   Rows rows;
   rows.start(run.add, a.rows, tile);
   for (int64_t u = 0; u < run.count / Q::kUnitBlocks; ++u, unit += Q::kUnit)
     for (int j = 0; j < Q::kUnitBlocks; ++j, low += Q::kLow, q += kBlock * a.rows, s += a.rows) {
-      // Hardware prefetch ends with a page, which one row would wait for and a few all the more.
-      for (int p = 0; p < kBlockBytes; p += 64) GEMMA_PREFETCH(unit + (j + V::kAhead) * kBlockBytes + p);
-      for (int p = 0; p < Q::kLow; p += 64) GEMMA_PREFETCH(low + V::kAhead * Q::kLow + p);
+      if (left-- == 0) {
+        ahead += distance(run.panel.units + (run.first + run.count) * kBlockBytes, run.next.units);
+        low_ahead += distance(run.panel.low + (run.first + run.count) * Q::kLow, run.next.low);
+      }
+      for (int p = 0; p < kBlockBytes; p += 64) GEMMA_PREFETCH(unit + ahead + j * kBlockBytes + p);
+      for (int p = 0; p < Q::kLow; p += 64) GEMMA_PREFETCH(low + low_ahead + p);
       rows.step(unit, low, j, q, s, a.rows, tile);
     }
   rows.finish(tile);
@@ -308,8 +324,8 @@ inline void panel_of(const Run& run, const QuantActs& a, float* tile) {
 }
 
 void panel(DType type, const TiledPanel& data, int64_t first, int64_t count, const QuantActs& a, bool add,
-           float* tile) {
-  const Run run{data, first, count, add};
+           const TiledPanel& next, float* tile) {
+  const Run run{data, first, count, add, next};
   switch (type) {
     case DType::Q8_0:
       return panel_of<EightBit>(run, a, tile);
