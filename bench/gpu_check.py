@@ -163,7 +163,18 @@ def sanitize(env: dict[str, str], device: str) -> None:
     for check in ("memcheck", "racecheck"):
         # cuBLASLt's own kernels order themselves in ways that racecheck does not see: only this package's are looked at.
         ours = ["--kernel-name", "kernel_substring=gemma"] if check == "racecheck" else []
-        command = [tool, "--tool", check, *ours, "--error-exitcode", "9", sys.executable, __file__, "--sanitized", device]
+        command = [
+            tool,
+            "--tool",
+            check,
+            *ours,
+            "--error-exitcode",
+            "9",
+            sys.executable,
+            __file__,
+            "--sanitized",
+            device,
+        ]
         r = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
         text = r.stdout + r.stderr
         if "Device not supported" in text:

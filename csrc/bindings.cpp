@@ -344,6 +344,22 @@ py::dict packed(const std::shared_ptr<PyModel>& m) {
   return out;
 }
 
+// In C++ because a vocabulary has a quarter of a million: 50 ms in Python, half of the time in which a small model opens.
+py::tuple gguf_strings(const py::buffer& data, size_t at, size_t count) {
+  const py::buffer_info info = data.request();
+  GEMMA_CHECK(info.ndim == 1 && info.itemsize == 1 && info.strides[0] == 1, "data must be plain bytes");
+  const auto* bytes = static_cast<const char*>(info.ptr);
+  const auto size = static_cast<size_t>(info.size);
+  py::list strings;
+  for (uint64_t length = 0; strings.size() < count && at <= size && size - at >= sizeof length;) {
+    std::memcpy(&length, bytes + at, sizeof length);
+    if (length > size - at - sizeof length) break;
+    strings.append(py::bytes(bytes + at + sizeof length, static_cast<size_t>(length)));
+    at += sizeof length + static_cast<size_t>(length);
+  }
+  return py::make_tuple(strings, at);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -354,6 +370,9 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "isa", [] { return std::string(kernels().name); },
       "Instruction-set level in use: \"scalar\", \"avx2\" or \"avx512\" (\"avx512-emulated\" in tests).");
+  m.def("gguf_strings", gguf_strings, py::arg("data"), py::arg("at"), py::arg("count"),
+        "(strings, end): as many of `count` strings as lie whole in data from `at` on, each behind its length in 8 "
+        "bytes.");
   m.def("isa_levels", [] {
     std::vector<std::string> out;
     for (Isa i : {Isa::scalar, Isa::avx2, Isa::avx512})

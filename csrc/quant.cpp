@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 namespace gemma {
 
@@ -107,43 +108,59 @@ uint32_t spread4(uint32_t x) { return ((x & 15) * 0x00204081u) & kOnes; }
 uint32_t gather4(uint32_t x) { return ((x & kOnes) * 0x10204080u) >> 28; }
 
 // The 32 values of block j (of the file block's 1 or 8), four a word, as unsigned bytes.
-void read_values(DType t, const uint8_t* p, int j, uint32_t* w) {
+template <DType T>
+void read_block(const uint8_t* p, int j, uint32_t* out) {
+  uint32_t w[8];  // what is read from bytes could be `out` for all that the compiler knows
+  if constexpr (T == DType::Q8_0) {
+    for (int i = 0; i < 8; ++i) w[i] = load32(p + 2 + 4 * i) ^ 0x80808080u;
+  } else if constexpr (T == DType::Q4_K || T == DType::Q5_K) {
+    const uint8_t* q = p + (T == DType::Q4_K ? offsetof(BlockQ4_K, q) : offsetof(BlockQ5_K, q)) + 32 * (j / 2);
+    for (int i = 0; i < 8; ++i) w[i] = load32(q + 4 * i) >> 4 * (j % 2) & kLow;
+    if constexpr (T == DType::Q5_K)
+      for (int i = 0; i < 8; ++i) w[i] |= (load32(p + offsetof(BlockQ5_K, qh) + 4 * i) >> j & kOnes) << 4;
+  } else if constexpr (T == DType::Q6_K) {
+    const uint8_t* ql = p + 64 * (j / 4) + 32 * (j % 2);
+    const uint8_t* qh = p + offsetof(BlockQ6_K, qh) + 32 * (j / 4);
+    const int s = j % 4;
+    for (int i = 0; i < 8; ++i)
+      w[i] = (load32(ql + 4 * i) >> 4 * (s / 2) & kLow) | (load32(qh + 4 * i) >> 2 * s & kPairs) << 4;
+  } else {
+    const uint8_t* q = p + kEncodings[static_cast<int>(T)].block_bytes - 16;
+    for (int i = 0; i < 4; ++i) w[i] = load32(q + 4 * i) & kLow;
+    for (int i = 0; i < 4; ++i) w[i + 4] = load32(q + 4 * i) >> 4 & kLow;
+    if constexpr (T == DType::Q5_0 || T == DType::Q5_1) {
+      const uint32_t h = load32(q - 4);
+      for (int i = 0; i < 8; ++i) w[i] |= spread4(h >> 4 * i) << 4;
+    }
+  }
+  std::memcpy(out, w, sizeof w);
+}
+
+template <DType T>
+using Type = std::integral_constant<DType, T>;
+
+// The same of `rows` rows, `stride` bytes apart.
+void read_values(DType t, const uint8_t* p, size_t stride, int rows, int j, uint32_t (*w)[8]) {
+  auto read = [&](auto type) {
+    for (int r = 0; r < rows; ++r) read_block<decltype(type)::value>(p + r * stride, j, w[r]);
+  };
   switch (t) {
     case DType::Q8_0:
-      for (int i = 0; i < 8; ++i) w[i] = load32(p + 2 + 4 * i) ^ 0x80808080u;
-      return;
+      return read(Type<DType::Q8_0>());
     case DType::Q4_0:
+      return read(Type<DType::Q4_0>());
     case DType::Q4_1:
+      return read(Type<DType::Q4_1>());
     case DType::Q5_0:
-    case DType::Q5_1: {
-      const uint8_t* q = p + kEncodings[static_cast<int>(t)].block_bytes - 16;
-      for (int i = 0; i < 4; ++i) {
-        const uint32_t x = load32(q + 4 * i);
-        w[i] = x & kLow;
-        w[i + 4] = x >> 4 & kLow;
-      }
-      if (t == DType::Q5_0 || t == DType::Q5_1) {
-        const uint32_t h = load32(q - 4);
-        for (int i = 0; i < 8; ++i) w[i] |= spread4(h >> 4 * i) << 4;
-      }
-      return;
-    }
+      return read(Type<DType::Q5_0>());
+    case DType::Q5_1:
+      return read(Type<DType::Q5_1>());
     case DType::Q4_K:
-    case DType::Q5_K: {
-      const uint8_t* q = p + (t == DType::Q4_K ? offsetof(BlockQ4_K, q) : offsetof(BlockQ5_K, q)) + 32 * (j / 2);
-      for (int i = 0; i < 8; ++i) w[i] = load32(q + 4 * i) >> 4 * (j % 2) & kLow;
-      if (t == DType::Q5_K)
-        for (int i = 0; i < 8; ++i) w[i] |= (load32(p + offsetof(BlockQ5_K, qh) + 4 * i) >> j & kOnes) << 4;
-      return;
-    }
-    case DType::Q6_K: {
-      const uint8_t* ql = p + 64 * (j / 4) + 32 * (j % 2);
-      const uint8_t* qh = p + offsetof(BlockQ6_K, qh) + 32 * (j / 4);
-      const int s = j % 4;
-      for (int i = 0; i < 8; ++i)
-        w[i] = (load32(ql + 4 * i) >> 4 * (s / 2) & kLow) | (load32(qh + 4 * i) >> 2 * s & kPairs) << 4;
-      return;
-    }
+      return read(Type<DType::Q4_K>());
+    case DType::Q5_K:
+      return read(Type<DType::Q5_K>());
+    case DType::Q6_K:
+      return read(Type<DType::Q6_K>());
     default:
       return;
   }
@@ -411,9 +428,9 @@ void decode_row(DType type, const uint8_t* row, int64_t k, float* out) {
   const int per = blocks_of(type);
   for (int64_t b = 0; b < k / kBlock; ++b) {
     const uint8_t* p = row + b / per * encoding(type).block_bytes;
-    uint32_t w[8];
-    read_values(type, p, static_cast<int>(b % per), w);
-    decode_values(w, l.offset, file_scales(type, l, p, static_cast<int>(b % per)), out + b * kBlock);
+    uint32_t w[1][8];
+    read_values(type, p, 0, 1, static_cast<int>(b % per), w);
+    decode_values(w[0], l.offset, file_scales(type, l, p, static_cast<int>(b % per)), out + b * kBlock);
   }
 }
 
@@ -473,6 +490,12 @@ void convert_row(const HostTensor& s, int64_t r, DType target, float* values, ui
   }
 }
 
+#if defined(__GNUC__)
+#define GEMMA_ASK_FOR(p) __builtin_prefetch(p, 0, 2)
+#else
+#define GEMMA_ASK_FOR(p) (void)(p)
+#endif
+
 void tile_panel(DType type, const uint8_t* src, size_t row_stride, int64_t all_rows, int64_t k, int64_t panel,
                 uint8_t* matrix) {
   const Encoding& e = encoding(type);
@@ -487,21 +510,22 @@ void tile_panel(DType type, const uint8_t* src, size_t row_stride, int64_t all_r
   for (int64_t u = 0; u < units.count; ++u) {
     const uint8_t* p = src + u * e.block_bytes;
     uint8_t* unit = matrix + units.at(u);
+    // The next panel's rows, in the order of memory: a block of each at a time is no order that hardware would foresee.
+    const int64_t step = int64_t{kPanel} * e.block_bytes;
+    for (int64_t at = u * step; at < (u + 1) * step; at += 64) GEMMA_ASK_FOR(src + kPanel * row_stride + at);
     if (rows < kPanel || l.two_level) std::memset(unit, 0, static_cast<size_t>(l.unit_planes));
-    for (int r = 0; r < rows; ++r) {
+    for (int r = 0; r < rows; ++r) store16(unit + 2 * r, load16(p + r * row_stride + l.file_d));
+    for (int r = 0; l.file_m >= 0 && r < rows; ++r) store16(unit + 64 + 2 * r, load16(p + r * row_stride + l.file_m));
+    for (int r = 0; l.two_level && r < rows; ++r) {
       const uint8_t* block = p + r * row_stride;
-      store16(unit + 2 * r, load16(block + l.file_d));
-      if (l.file_m >= 0) store16(unit + 64 + 2 * r, load16(block + l.file_m));
-      if (l.two_level) {
-        uint32_t hi = 0;
-        for (int j = 0; j < 8; ++j) {
-          int sc, mn;
-          read_scale(block + 4, j, &sc, &mn);
-          unit[256 + 32 * j + r] = static_cast<uint8_t>((sc & 15) | (mn & 15) << 4);
-          hi |= static_cast<uint32_t>(sc >> 4 | (mn >> 4) << 2) << 4 * j;
-        }
-        store32(unit + 128 + 4 * r, hi);
+      uint32_t hi = 0;
+      for (int j = 0; j < 8; ++j) {
+        int sc, mn;
+        read_scale(block + 4, j, &sc, &mn);
+        unit[256 + 32 * j + r] = static_cast<uint8_t>((sc & 15) | (mn & 15) << 4);
+        hi |= static_cast<uint32_t>(sc >> 4 | (mn >> 4) << 2) << 4 * j;
       }
+      store32(unit + 128 + 4 * r, hi);
     }
     for (int j = 0; j < per; ++j) {
       uint8_t* planes = matrix + units.planes(u, j);
@@ -511,7 +535,7 @@ void tile_panel(DType type, const uint8_t* src, size_t row_stride, int64_t all_r
           for (int h = 0; h < 2; ++h)
             planes[32 * h + r - 64] = p[r * row_stride + offsetof(BlockQ6_K, scales) + 2 * j + h];
       }
-      for (int r = 0; r < rows; ++r) read_values(type, p + r * row_stride, j, w[r]);
+      read_values(type, p, row_stride, rows, j, w);
       units.write(matrix, u, j, w);
     }
   }

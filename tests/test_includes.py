@@ -27,7 +27,7 @@ PYTHON = {
     "download": {"checkpoint"},
     "checkpoint": {"tokenizer"},
     "safetensors_file": {"gguf"},
-    "gguf": {"tokenizer"},
+    "gguf": {"tokenizer", "_native"},
     "config": set(),
     "errors": set(),
 }
