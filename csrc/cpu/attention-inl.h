@@ -65,11 +65,11 @@ void attend_rows(const float* q, int64_t e, const void* k, const void* v, const 
       for (int i = 0; i < kWide / W; ++i) s[r][i] = V::zero();
     for (int64_t d = 0; d < e / 2; ++d) {
       for (int line = 0; line < 2 * kWide * kBytes; line += 64, fetch += 64) GEMMA_PREFETCH(fetch);
-      for (int i = 0; i < kWide / W; ++i) {
-        F a, b;
-        load_keys<F32>(k, e, d, key + i * W, a, b);
-        for (int r = 0; r < R; ++r)
-          s[r][i] = V::fma(V::set(q[r * e + 2 * d + 1]), b, V::fma(V::set(q[r * e + 2 * d]), a, s[r][i]));
+      F a[kWide / W], b[kWide / W];
+      for (int i = 0; i < kWide / W; ++i) load_keys<F32>(k, e, d, key + i * W, a[i], b[i]);
+      for (int r = 0; r < R; ++r) {  // the outer loop, so that no query waits in a register for the next vector of keys
+        const F even = V::set(q[r * e + 2 * d]), odd = V::set(q[r * e + 2 * d + 1]);
+        for (int i = 0; i < kWide / W; ++i) s[r][i] = V::fma(odd, b[i], V::fma(even, a[i], s[r][i]));
       }
     }
     for (int r = 0; r < R; ++r)
