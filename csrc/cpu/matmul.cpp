@@ -15,6 +15,8 @@ void map_pages(const uint8_t* data, size_t bytes) {
   constexpr uintptr_t kPage = 4096;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(data) / kPage * kPage;
   madvise(reinterpret_cast<void*>(begin), reinterpret_cast<uintptr_t>(data) + bytes - begin, MADV_POPULATE_READ);
+#else
+  (void)data, (void)bytes;
 #endif
 }
 
