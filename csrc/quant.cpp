@@ -5,7 +5,6 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <type_traits>
 
 namespace gemma {
 
@@ -101,6 +100,15 @@ uint16_t load16(const void* p) {
 }
 void store16(void* p, uint16_t x) { std::memcpy(p, &x, 2); }
 
+// Into the second-level cache, for later.
+void ask_for(const uint8_t* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p, 0, 2);
+#else
+  (void)p;
+#endif
+}
+
 constexpr uint32_t kOnes = 0x01010101u, kLow = 0x0f0f0f0fu, kPairs = 0x03030303u;
 
 // Four bits to the lowest bits of four bytes.
@@ -136,35 +144,18 @@ void read_block(const uint8_t* p, int j, uint32_t* out) {
   std::memcpy(out, w, sizeof w);
 }
 
-template <DType T>
-using Type = std::integral_constant<DType, T>;
-
-// The same of `rows` rows, `stride` bytes apart.
-void read_values(DType t, const uint8_t* p, size_t stride, int rows, int j, uint32_t (*w)[8]) {
-  auto read = [&](auto type) {
-    for (int r = 0; r < rows; ++r) read_block<decltype(type)::value>(p + r * stride, j, w[r]);
-  };
-  switch (t) {
-    case DType::Q8_0:
-      return read(Type<DType::Q8_0>());
-    case DType::Q4_0:
-      return read(Type<DType::Q4_0>());
-    case DType::Q4_1:
-      return read(Type<DType::Q4_1>());
-    case DType::Q5_0:
-      return read(Type<DType::Q5_0>());
-    case DType::Q5_1:
-      return read(Type<DType::Q5_1>());
-    case DType::Q4_K:
-      return read(Type<DType::Q4_K>());
-    case DType::Q5_K:
-      return read(Type<DType::Q5_K>());
-    case DType::Q6_K:
-      return read(Type<DType::Q6_K>());
-    default:
-      return;
+// The same of `rows` rows, `stride` bytes apart; of quantised types.
+struct ReadValues {
+  const uint8_t* p;
+  size_t stride;
+  int rows, j;
+  uint32_t (*w)[8];
+  template <DType T>
+  void run() const {
+    if constexpr (T != DType::BF16)
+      for (int r = 0; r < rows; ++r) read_block<T>(p + r * stride, j, w[r]);
   }
-}
+};
 
 // The inverse, into a file block that starts as zeros.
 void write_values(DType t, uint8_t* p, int j, const uint32_t* w) {
@@ -429,7 +420,7 @@ void decode_row(DType type, const uint8_t* row, int64_t k, float* out) {
   for (int64_t b = 0; b < k / kBlock; ++b) {
     const uint8_t* p = row + b / per * encoding(type).block_bytes;
     uint32_t w[1][8];
-    read_values(type, p, 0, 1, static_cast<int>(b % per), w);
+    with_type(type, ReadValues{p, 0, 1, static_cast<int>(b % per), w});
     decode_values(w[0], l.offset, file_scales(type, l, p, static_cast<int>(b % per)), out + b * kBlock);
   }
 }
@@ -490,12 +481,6 @@ void convert_row(const HostTensor& s, int64_t r, DType target, float* values, ui
   }
 }
 
-#if defined(__GNUC__)
-#define GEMMA_ASK_FOR(p) __builtin_prefetch(p, 0, 2)
-#else
-#define GEMMA_ASK_FOR(p) (void)(p)
-#endif
-
 void tile_panel(DType type, const uint8_t* src, size_t row_stride, int64_t all_rows, int64_t k, int64_t panel,
                 uint8_t* matrix) {
   const Encoding& e = encoding(type);
@@ -512,7 +497,7 @@ void tile_panel(DType type, const uint8_t* src, size_t row_stride, int64_t all_r
     uint8_t* unit = matrix + units.at(u);
     // The next panel's rows, in the order of memory: a block of each at a time is no order that hardware would foresee.
     const int64_t step = int64_t{kPanel} * e.block_bytes;
-    for (int64_t at = u * step; at < (u + 1) * step; at += 64) GEMMA_ASK_FOR(src + kPanel * row_stride + at);
+    for (int64_t at = u * step; at < (u + 1) * step; at += 64) ask_for(src + kPanel * row_stride + at);
     if (rows < kPanel || l.two_level) std::memset(unit, 0, static_cast<size_t>(l.unit_planes));
     for (int r = 0; r < rows; ++r) store16(unit + 2 * r, load16(p + r * row_stride + l.file_d));
     for (int r = 0; l.file_m >= 0 && r < rows; ++r) store16(unit + 64 + 2 * r, load16(p + r * row_stride + l.file_m));
@@ -535,7 +520,7 @@ void tile_panel(DType type, const uint8_t* src, size_t row_stride, int64_t all_r
           for (int h = 0; h < 2; ++h)
             planes[32 * h + r - 64] = p[r * row_stride + offsetof(BlockQ6_K, scales) + 2 * j + h];
       }
-      read_values(type, p, row_stride, rows, j, w);
+      with_type(type, ReadValues{p, row_stride, rows, j, w});
       units.write(matrix, u, j, w);
     }
   }

@@ -41,6 +41,32 @@ struct Encoding {
 };
 
 const Encoding& encoding(DType type);
+
+// Calls f.run<T>() with a quantised type, or else BF16, as T.
+template <class F>
+void with_type(DType t, F&& f) {
+  switch (t) {
+    case DType::Q8_0:
+      return f.template run<DType::Q8_0>();
+    case DType::Q4_0:
+      return f.template run<DType::Q4_0>();
+    case DType::Q4_1:
+      return f.template run<DType::Q4_1>();
+    case DType::Q5_0:
+      return f.template run<DType::Q5_0>();
+    case DType::Q5_1:
+      return f.template run<DType::Q5_1>();
+    case DType::Q4_K:
+      return f.template run<DType::Q4_K>();
+    case DType::Q5_K:
+      return f.template run<DType::Q5_K>();
+    case DType::Q6_K:
+      return f.template run<DType::Q6_K>();
+    default:
+      return f.template run<DType::BF16>();
+  }
+}
+
 // Bytes of one row of k values as files store it. k must be a multiple of the block (checked by the caller).
 size_t row_bytes(DType type, int64_t k);
 // Bytes of a tiled matrix; rows are padded to 32 and k to the block.

@@ -229,6 +229,10 @@ def test_string_arrays(tmp_path: Path) -> None:
     body = struct.pack("<IQ", STRING, 3) + text(b"a" * 40)
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + key("tokens", ARRAY, body))
     refused(path, "'tokens'", "[1] lies past the end")
+    for more in range(1, 10):  # a length that only its own 8 bytes would make room for
+        body = struct.pack("<IQ", STRING, 1) + text(b"abc", 3 + more)
+        path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + key("tokens", ARRAY, body))
+        refused(path, f"'tokens'[0] is {3 + more} bytes long, but the file ends after 3")
 
 
 def test_duplicates(tmp_path: Path) -> None:
@@ -322,7 +326,7 @@ def test_no_such_file(tmp_path: Path) -> None:
 
 
 def test_large_vocabulary_costs_little(tmp_path: Path) -> None:
-    """262,144 pieces: a tenth of a second here; the bound is for slow machines."""
+    """262,144 pieces: ten milliseconds here; the bound is for slow machines."""
     import time
 
     pieces = [f"piece{i}".encode() for i in range(262_144)]

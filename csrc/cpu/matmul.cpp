@@ -7,21 +7,6 @@
 
 namespace gemma {
 
-namespace {
-
-// Has the system map a file's pages at once, which is cheaper than at the first touch of each, and prefetching needs it.
-void map_pages(const uint8_t* data, size_t bytes) {
-#if defined(MADV_POPULATE_READ)
-  constexpr uintptr_t kPage = 4096;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(data) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(begin), reinterpret_cast<uintptr_t>(data) + bytes - begin, MADV_POPULATE_READ);
-#else
-  (void)data, (void)bytes;
-#endif
-}
-
-}  // namespace
-
 std::unique_ptr<CpuMatrix> load_cpu_matrix(ThreadPool& pool, const HostTensor& s, DType target,
                                            const Consumed& consumed) {
   auto m = std::make_unique<CpuMatrix>();
@@ -43,6 +28,7 @@ std::unique_ptr<CpuMatrix> load_cpu_matrix(ThreadPool& pool, const HostTensor& s
   m->data = out;
   const size_t in_row = row_bytes(s.type, s.cols), out_row = row_bytes(target, s.cols);
   const int64_t panels = (s.rows + kPanel - 1) / kPanel;
+  const auto byte_of = [&](int64_t panel) { return std::min(panel * kPanel, s.rows) * in_row; };  // of the source
   // In slices, so that the source's pages can be given back as they are used up.
   const int64_t slice = std::max<int64_t>(1, static_cast<int64_t>((16u << 20) / (in_row * kPanel)));
   for (int64_t first = 0; first < panels; first += slice) {
@@ -51,15 +37,14 @@ std::unique_ptr<CpuMatrix> load_cpu_matrix(ThreadPool& pool, const HostTensor& s
     pool.parallel_for(count, grain, [&](int64_t begin, int64_t end, int) {
       std::vector<float> values;
       std::vector<uint8_t> rows;
-      map_pages(s.data + (first + begin) * kPanel * in_row,
-                std::min((first + end) * kPanel, s.rows) * in_row - (first + begin) * kPanel * in_row);
+      map_pages(s.data + byte_of(first + begin), byte_of(first + end) - byte_of(first + begin));
       if (s.type != target) {
         values.resize(s.cols + 256);
         rows.resize(out_row * kPanel);
       }
       for (int64_t p = first + begin; p < first + end; ++p) {
         const int n = static_cast<int>(std::min<int64_t>(kPanel, s.rows - p * kPanel));
-        const uint8_t* src = s.data + p * kPanel * in_row;
+        const uint8_t* src = s.data + byte_of(p);
         if (s.type != target) {
           for (int r = 0; r < n; ++r)
             convert_row(s, p * kPanel + r, target, values.data(), rows.data() + r * out_row, kernels().q4_errors);
@@ -71,7 +56,7 @@ std::unique_ptr<CpuMatrix> load_cpu_matrix(ThreadPool& pool, const HostTensor& s
           std::memcpy(out + p * kPanel * out_row, src, n * out_row);
       }
     });
-    if (consumed) consumed(s.name, first * kPanel * in_row, std::min((first + count) * kPanel, s.rows) * in_row);
+    if (consumed) consumed(s.name, byte_of(first), byte_of(first + count));
   }
   return m;
 }
@@ -137,6 +122,7 @@ struct Panel {
   int64_t index = 0;
   int rows() const { return static_cast<int>(std::min<int64_t>(kPanel, w->rows - index * kPanel)); }
   bool quantised() const { return w && encoding(w->type).quantized; }
+  TiledPanel tiled() const { return quantised() ? w->tiled_panel(index) : TiledPanel{}; }
   const uint16_t* bf16() const {  // null where there are none
     if (!w || quantised()) return nullptr;
     return reinterpret_cast<const uint16_t*>(w->bf16_row(index * kPanel));
@@ -173,7 +159,9 @@ void bf16_product(const Kernels& kernels, const Activations& x, const Panel* pan
                               scratch.data() + own * room, tiles + p * kTile, kPanel);
   }
 }
-// The same of quantised weights, which need no knowledge of other calls.
+
+// The same of quantised weights, of which nothing is kept between calls. Few rows wait for memory, so that they ask for what comes after
+// each panel.
 void quant_product(const Kernels& kernels, const Activations& x, const Panel* panels, int count, int64_t m0,
                    float* tiles) {
   const int64_t step = count > 1 ? kGroupBlocks : x.blocks();
@@ -183,9 +171,8 @@ void quant_product(const Kernels& kernels, const Activations& x, const Panel* pa
       const CpuMatrix& w = *panels[p].w;
       const Encoding& e = encoding(w.type);
       const int64_t unit = e.block / kBlock, blocks = (w.cols + e.block - 1) / e.block * unit;
-      const bool next = x.n < kManyRows && panels[p + 1].quantised();
-      kernels.panel(w.type, w.tiled_panel(panels[p].index), from, std::min(step, blocks - from), x.chunk(m0, from),
-                    from > 0, next ? panels[p + 1].w->tiled_panel(panels[p + 1].index) : TiledPanel{},
+      const TiledPanel next = x.n < kManyRows ? panels[p + 1].tiled() : TiledPanel{};
+      kernels.panel(w.type, panels[p].tiled(), from, std::min(step, blocks - from), x.chunk(m0, from), from > 0, next,
                     tiles + p * kTile);
     }
 }

@@ -68,10 +68,8 @@ GEMMA_INLINE void scan_groups(const Scanned& a, F* low, F* high) {
   using Sums = ScanSums<Q, FINE, R>;
   const F nothing = V::set(-INFINITY);
   Sums sums;
-  for (auto& of_group : sums.estimate)
-    for (F& e : of_group) e = V::zero();
-  for (auto& of_group : sums.margin)
-    for (F& m : of_group) m = V::zero();
+  for (int g = 0; g < Sums::kAtOnce; ++g)
+    for (int i = 0; i < R; ++i) sums.estimate[g][i] = sums.margin[g][i] = V::zero();
   const uint8_t* unit = a.units;
   const int8_t* q = a.q;
   const ScanScale* s = a.scales;

@@ -14,7 +14,7 @@
 // bytes of alignment a plane.
 #pragma once
 
-#include "../tensor.h"
+#include "../quant.h"
 #include "device.h"
 
 namespace gemma::gpu {
@@ -184,31 +184,6 @@ GEMMA_DEVICE void eight_scaled(const Piece<T>& p, int part, float* out) {
       out[i] = s * out[i];
       if constexpr (has_minimum(T)) out[i] = out[i] + p.minimum;
     }
-  }
-}
-
-// Calls f.run<T>() with the type as T.
-template <class F>
-void with_type(DType t, F&& f) {
-  switch (t) {
-    case DType::Q8_0:
-      return f.template run<DType::Q8_0>();
-    case DType::Q4_0:
-      return f.template run<DType::Q4_0>();
-    case DType::Q4_1:
-      return f.template run<DType::Q4_1>();
-    case DType::Q5_0:
-      return f.template run<DType::Q5_0>();
-    case DType::Q5_1:
-      return f.template run<DType::Q5_1>();
-    case DType::Q4_K:
-      return f.template run<DType::Q4_K>();
-    case DType::Q5_K:
-      return f.template run<DType::Q5_K>();
-    case DType::Q6_K:
-      return f.template run<DType::Q6_K>();
-    default:
-      return f.template run<DType::BF16>();
   }
 }
 
