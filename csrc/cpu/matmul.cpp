@@ -188,7 +188,7 @@ void each_product(const Kernels& kernels, ThreadPool& pool, const Activations& x
   const int64_t grain =
       std::max(grain_of(pool, bytes, total), std::min<int64_t>(group / each, total / (4 * pool.size())));
   for (int64_t from = 0; from < x.n; from += sweep)
-    pool.parallel_for(total, grain, [&](int64_t begin, int64_t end, int) {
+    pool.parallel_for(total, grain, [&](int64_t begin, int64_t end, int thread) {
       alignas(64) float tiles[kGroup * kTile];
       Panel panels[kGroup + 2];  // and those after the group
       bool begun[kGroup] = {};
@@ -196,7 +196,8 @@ void each_product(const Kernels& kernels, ThreadPool& pool, const Activations& x
       for (int64_t i = begin; i < end; i += group / each) {
         const int count = static_cast<int>(std::min<int64_t>(group / each, end - i));
         for (int j = 0; j < count; ++j) at(i + j, panels + j * each);
-        if (i + count < end)
+        // What a kernel has begun with is lost between pieces, what has been asked of memory is not.
+        if (i + count < end || (pool.has_more(thread) && !(x.bf16() && x.n > 1)))
           at(i + count, panels + count * each);
         else
           std::fill_n(panels + count * each, each, Panel{});

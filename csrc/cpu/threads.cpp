@@ -57,10 +57,17 @@ constexpr uint64_t kActive = kOpen - 1;        // workers inside the loop
 struct ThreadPool::Shared {
   // Loop number, open flag and number of active workers in one word, so that joining and closing cannot cross.
   alignas(64) std::atomic<uint64_t> state{0};
-  alignas(64) std::atomic<int64_t> next{0};
-  int64_t count = 0, grain = 1;
+  alignas(64) int64_t count = 0;
+  int64_t grain = 1;
   Call call = nullptr;
   void* context = nullptr;
+  std::atomic<bool> failed{false};
+
+  // What a thread has still to take, in grains: the first in the upper half, the end in the lower one.
+  struct alignas(64) Share {
+    std::atomic<uint64_t> left{0};
+  };
+  std::vector<Share> shares;
 
   alignas(64) std::atomic<int> sleepers{0};
   std::mutex mutex;
@@ -75,25 +82,49 @@ struct ThreadPool::Shared {
 
   int awake() const { return started.load() - sleepers.load(); }
 
-  // Half of a thread's share of what is left, in whole grains: long pieces while the others have much to do, since each one waits for
-  // memory at its beginning, and short ones at the end, so that all threads end together.
-  int64_t piece_at(int64_t begin) const {
-    const int64_t share = (count - begin) / (2 * (static_cast<int64_t>(workers.size()) + 1));
-    return std::max(grain, share / grain * grain);
+  static uint64_t grains(uint64_t first, uint64_t end) { return first << 32 | end; }
+  bool has_more(int thread) const {
+    const uint64_t left = shares[thread].left.load(std::memory_order_relaxed);
+    return left >> 32 < (left & 0xffffffff);
   }
 
+  // Half of what `thread` has left, from its end for another thread: long pieces at first, and short ones at last, so that all threads
+  // end together.
+  bool take(int thread, bool from_end, uint64_t& first, uint64_t& end) {
+    std::atomic<uint64_t>& left = shares[thread].left;
+    uint64_t was = left.load(std::memory_order_relaxed), rest;
+    do {
+      first = was >> 32;
+      end = was & 0xffffffff;
+      if (first >= end) return false;
+      const uint64_t half = (end - first + 1) / 2;
+      rest = from_end ? grains(first, end - half) : grains(first + half, end);
+    } while (!left.compare_exchange_weak(was, rest, std::memory_order_relaxed));
+    if (from_end)
+      first = rest & 0xffffffff;
+    else
+      end = rest >> 32;
+    return true;
+  }
+
+  // A thread goes through its share in order, since memory is read ahead, and then through what it takes of the others' shares.
   void pieces(int thread) {
-    for (;;) {
-      int64_t begin = next.load(std::memory_order_relaxed);
-      while (begin < count && !next.compare_exchange_weak(begin, begin + piece_at(begin), std::memory_order_relaxed)) {
+    const int threads = static_cast<int>(shares.size());
+    uint64_t first, end;
+    while (!failed.load(std::memory_order_relaxed)) {
+      if (!take(thread, false, first, end)) {
+        int i = 1;
+        while (i < threads && !take((thread + i) % threads, true, first, end)) ++i;
+        if (i >= threads) return;
+        shares[thread].left.store(grains(first, end), std::memory_order_relaxed);
+        continue;
       }
-      if (begin >= count) return;
       try {
-        call(context, begin, std::min(count, begin + piece_at(begin)), thread);
+        call(context, static_cast<int64_t>(first) * grain, std::min(count, static_cast<int64_t>(end) * grain), thread);
       } catch (...) {
         std::lock_guard<std::mutex> lock(mutex);
         if (!error) error = std::current_exception();
-        next.store(count, std::memory_order_relaxed);
+        failed.store(true, std::memory_order_relaxed);
       }
     }
   }
@@ -137,6 +168,7 @@ ThreadPool::ThreadPool(int threads) : size_(std::max(1, threads)) { start(); }
 void ThreadPool::start() {
   shared_ = new Shared;
   shared_->forks_seen = forks();
+  shared_->shares = std::vector<Shared::Share>(size_);
   shared_->useful = std::min(size_, cpus()) - 1;
   try {
     for (int t = 1; t < size_; ++t, ++shared_->started) shared_->workers.emplace_back(&Shared::worker, shared_, t);
@@ -165,7 +197,13 @@ void ThreadPool::run(int64_t count, int64_t grain, Call call, void* context) {
   s.call = call;
   s.context = context;
   s.error = nullptr;
-  s.next.store(0, std::memory_order_relaxed);
+  s.failed.store(false, std::memory_order_relaxed);
+  const int64_t grains = (count + s.grain - 1) / s.grain;
+  const auto share_at = [&](int64_t t) {
+    return (t * grains + size_ - 1) / size_;
+  };  // the calling thread's is a largest
+  for (int t = 0; t < size_; ++t)
+    s.shares[t].left.store(Shared::grains(share_at(t), share_at(t + 1)), std::memory_order_relaxed);
   const uint64_t loop = s.state.load(std::memory_order_relaxed) / kLoop + 1;
   s.state.store(loop * kLoop | kOpen);
   if (s.sleepers.load() > 0 && s.awake() < s.useful) {
@@ -180,8 +218,13 @@ void ThreadPool::run(int64_t count, int64_t grain, Call call, void* context) {
     else
       std::this_thread::yield();  // a worker has lost its core: let others run
   }
-  if (s.error) std::rethrow_exception(std::exchange(s.error, nullptr));
+  if (s.error) {
+    for (Shared::Share& share : s.shares) share.left.store(0, std::memory_order_relaxed);
+    std::rethrow_exception(std::exchange(s.error, nullptr));
+  }
 }
+
+bool ThreadPool::has_more(int thread) const { return shared_->has_more(thread); }
 
 // ---- how many ----------------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ class ThreadPool {
   int size() const { return size_; }
 
   // Calls fn(begin, end, thread) for pieces of [0, count), of `grain` items or a multiple of that but for the last, in any order, and
-  // returns when all are done.
+  // returns when all are done; fewer than 2^32 times `grain` items.
   // The first exception of a piece is rethrown here; later pieces are then skipped. One caller at a time; no nesting.
   template <class Fn>
   void parallel_for(int64_t count, int64_t grain, Fn&& fn) {
@@ -34,6 +34,9 @@ class ThreadPool {
         [](void* f, int64_t begin, int64_t end, int thread) { (*static_cast<F*>(f))(begin, end, thread); },
         const_cast<std::remove_const_t<F>*>(&fn));
   }
+
+  // Within fn: whether this thread is likely to go on with the item after its piece.
+  bool has_more(int thread) const;
 
  private:
   using Call = void (*)(void* context, int64_t begin, int64_t end, int thread);
