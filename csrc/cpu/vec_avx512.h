@@ -132,7 +132,11 @@ struct V {
   template <int BITS, int OFF, int N>
   static GEMMA_INLINE I dot(const B* w, const int8_t* a, int32_t sum) {
     I x = _mm512_set1_epi32(-OFF * sum);
-    I y = _mm512_setzero_si512();
+    if constexpr (N <= 4) {
+      for (int i = 0; i < N; ++i) x = _mm512_dpbusd_epi32(x, w[i], bytes4(a + 4 * i));
+      return x;
+    }
+    I y = _mm512_setzero_si512();  // a second sum, since a long one would wait for itself
     for (int i = 0; i < N; i += 2) {
       x = _mm512_dpbusd_epi32(x, w[i], bytes4(a + 4 * i));
       y = _mm512_dpbusd_epi32(y, w[i + 1], bytes4(a + 4 * i + 4));
