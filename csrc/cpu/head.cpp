@@ -2,10 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <functional>
 #include <numeric>
 
 #include "../quant.h"
+#include "../select.h"
 
 namespace gemma {
 
@@ -91,12 +91,12 @@ std::vector<int64_t> HeadScan::reachable(const Kernels& kernels, ThreadPool& poo
   if (!checked_) return all;
 
   // k panels hold a row each that is no worse than this.
-  std::vector<float> bar(x.n), sorted(x.n * total);
+  std::vector<float> bar(x.n);
   pool.parallel_for(x.n, 1, [&](int64_t begin, int64_t end, int) {
+    int32_t panels[kMostBest];
+    float low[kMostBest];
     for (int64_t i = begin; i < end; ++i) {
-      float* low = sorted.data() + i * total;
-      std::copy_n(bounds_.low.begin() + i * total, total, low);
-      std::nth_element(low, low + (k - 1), low + total, std::greater<float>());
+      best(bounds_.low.data() + i * total, total, k, panels, low);
       bar[i] = low[k - 1];
     }
   });
