@@ -12,8 +12,9 @@ namespace gemma {
 namespace {
 
 constexpr float kSigmas = 8;
-constexpr int64_t kMostBest = 40;  // beyond, survivors stand in most panels
-constexpr float kUnsaturated = 4;  // softcaps up to which different products stay different logits
+constexpr float kMeanSquare = 128 * 128 / 3.0f;  // of values of Q8_0, all equally likely
+constexpr int64_t kMostBest = 40;                // beyond, survivors stand in most panels
+constexpr float kUnsaturated = 4;                // softcaps up to which different products stay different logits
 
 // What the high bits leave open: `steps` equally likely values, `middle` being theirs with a weight's offset taken off.
 struct LowBits {
@@ -28,25 +29,43 @@ LowBits low_bits(DType type) {  // Q8_0 or Q6_K
   return type == DType::Q6_K ? LowBits{4, 1.5f - 32, true, 2, 0.25f} : LowBits{16, 7.5f - 128, false, 8, 0.33f};
 }
 
-std::vector<ScanScale> scan_scales(const LowBits& low, const QuantActs& a, int64_t blocks) {
-  std::vector<ScanScale> scales(blocks * a.rows);
-  for (int64_t i = 0; i < blocks * a.rows; ++i) {
-    int32_t square[2] = {0, 0};
-    for (int j = 0; j < kBlock; ++j) square[j / 16] += a.q[i * kBlock + j] * a.q[i * kBlock + j];
-    const ActScale& s = a.scale[i];
-    const int32_t sum[2] = {s.sum0, s.sum - s.sum0};
-    float offset[2], energy[2];
+// Activations as the scan takes them: one scale a block for weights that have one, which saves a quarter of what follows the products of
+// bytes. For that the half with the smaller values is rounded once more.
+struct ScanActs {
+  std::vector<int8_t> q;  // as in QuantActs
+  std::vector<ScanScale> scales;
+};
+
+ScanActs scan_acts(const LowBits& low, const QuantActs& a, int64_t blocks) {
+  const int64_t count = blocks * a.rows;
+  ScanActs out{std::vector<int8_t>(a.q, a.q + count * kBlock), std::vector<ScanScale>(count)};
+  for (int64_t i = 0; i < count; ++i) {
+    float d[2] = {a.scale[i].d[0], a.scale[i].d[1]}, rounding = 0;
+    int8_t* q = out.q.data() + i * kBlock;
+    if (!low.halves && (d[0] < d[1] || d[1] < d[0])) {
+      const int smaller = d[0] < d[1] ? 0 : 1;
+      const float ratio = d[smaller] / d[1 - smaller];
+      for (int j = 16 * smaller; j < 16 * smaller + 16; ++j)
+        q[j] = static_cast<int8_t>(std::lrint(static_cast<float>(q[j]) * ratio));
+      d[smaller] = d[1 - smaller];
+      rounding = 16 * kMeanSquare / 12;
+    }
+    ScanScale& s = out.scales[i];
+    s = {};
     for (int h = 0; h < 2; ++h) {
-      offset[h] = low.middle * s.d[h] * static_cast<float>(sum[h]);
-      energy[h] = kSigmas * kSigmas * low.variance() * s.d[h] * s.d[h] * static_cast<float>(square[h]);
+      int32_t sum = 0, square = 0;
+      for (int j = 16 * h; j < 16 * h + 16; ++j) {
+        sum += q[j];
+        square += q[j] * q[j];
+      }
+      const int to = low.halves ? h : 0;
+      s.d[h] = low.steps * d[h];
+      s.offset[to] += low.middle * d[h] * static_cast<float>(sum);
+      s.energy[to] +=
+          kSigmas * kSigmas * d[h] * d[h] * (low.variance() * static_cast<float>(square) + (h ? 0 : rounding));
     }
-    if (!low.halves) {
-      offset[0] += offset[1];
-      energy[0] += energy[1];
-    }
-    scales[i] = {{low.steps * s.d[0], low.steps * s.d[1]}, {offset[0], offset[1]}, {energy[0], energy[1]}};
   }
-  return scales;
+  return out;
 }
 
 }  // namespace
@@ -55,15 +74,15 @@ HeadBounds head_bounds(const Kernels& kernels, ThreadPool& pool, const Activatio
                        const std::vector<uint32_t>& apart) {
   const int64_t total = static_cast<int64_t>(apart.size());
   const QuantActs acts = x.chunk(0);
-  const std::vector<ScanScale> scales = scan_scales(low_bits(head.type), acts, x.blocks());
+  const ScanActs scan = scan_acts(low_bits(head.type), acts, x.blocks());
   HeadBounds bounds{std::vector<float>(x.n * total), std::vector<float>(x.n * total)};
   const int64_t grain = std::max<int64_t>(1, (128 << 10) * total / static_cast<int64_t>(head.bytes));
   pool.parallel_for(total, grain, [&](int64_t begin, int64_t end, int) {
     for (int64_t p = begin; p < end; ++p) {
       const int64_t rows = head.rows - p * kPanel;
       const uint32_t padding = rows < kPanel ? ~0u << rows : 0;
-      kernels.scan(head.type, head.tiled_panel(p).units, x.blocks(), acts, scales.data(), apart[p] | padding,
-                   &bounds.low[p], &bounds.high[p], total);
+      kernels.scan(head.type, head.tiled_panel(p).units, x.blocks(), scan.q.data(), scan.scales.data(), acts.rows,
+                   apart[p] | padding, &bounds.low[p], &bounds.high[p], total);
     }
   });
   return bounds;

@@ -46,8 +46,8 @@ struct TiledPanel {
 enum class Packed { kNothing, kFirst, kAll };
 
 // One block of an activation row for the scan of a head by the high bits h of its values: d_w being the weight row's scale, the
-// block adds d_w (d[0] h . q + d[1] h' . q' + offset[0]) to the estimate and d_w^2 energy[0] to the margin's square. With a scale for
-// either half (Q6_K), each half adds its own.
+// block adds d_w (d[0] h . q + offset[0]) to the estimate and d_w^2 energy[0] to the margin's square. With a scale for either half (Q6_K),
+// each half adds its own.
 struct ScanScale {
   float d[2];
   float offset[2];
@@ -77,8 +77,8 @@ struct Kernels {
   void (*panel)(DType type, const TiledPanel& panel, int64_t first, int64_t count, const QuantActs& acts, bool add,
                 const TiledPanel& next, float* tile);
   // low[row * ld], high[row * ld] = the largest of estimate - margin and of estimate + margin among the weight rows of a panel of Q8_0 or
-  // Q6_K, without those whose bit is set in `skip`; scales is [blocks][rows].
-  void (*scan)(DType type, const uint8_t* units, int64_t blocks, const QuantActs& acts, const ScanScale* scales,
+  // Q6_K, without those whose bit is set in `skip`; q is [blocks][rows][32], scales [blocks][rows].
+  void (*scan)(DType type, const uint8_t* units, int64_t blocks, const int8_t* q, const ScanScale* scales, int rows,
                uint32_t skip, float* low, float* high, int64_t ld);
   // out[i * ldo + r] = W[r] . x[first + i] for `rows` weight rows in file order (at most kBf16Rows) and m (at most kActChunk) of
   // the n packed activation rows. `scratch`, of bf16_scratch(k) bytes, keeps the weights as the kernel likes them; `packed`: how much of

@@ -6,17 +6,21 @@
 namespace gemma {
 namespace GEMMA_ISA {
 
+GEMMA_INLINE F scan_sum(I dot, const ScanScale& s, int sub) {
+  return V::fma(V::to_float(dot), V::set(s.d[sub]), V::set(s.offset[sub]));
+}
+
 template <int G, int N = 8>
 GEMMA_INLINE void high_bits(const uint8_t* plane, B* w) {
   if constexpr (N > 1) high_bits<G, N - 1>(plane, w);
   w[N - 1] = load_4bit<G, N - 1>(plane);
 }
 
-// Estimates of 32 rows' products with R activation rows, and margins in which to expect the products themselves. With several rows, a
-// vector of weights is unpacked once for them all; their sums fill the registers, so that a pass over the panel takes one group.
-template <class Q, bool FINE, int R>
+// Estimates of 32 rows' products with R activation rows, and margins in which to expect the products themselves. With two rows, a vector of
+// weights is unpacked once for both; their sums fill the registers of AVX2, so that a pass over the panel takes one group.
+template <class Q, int R>
 struct ScanSums {
-  static constexpr int kAtOnce = R == 1 ? kGroups : 1;
+  static constexpr int kAtOnce = R == 1 ? kGroups : 1, kSteps = 8 / Q::kSubs;
   F estimate[kAtOnce][R], margin[kAtOnce][R];
 
   template <int G, int HELD = kAtOnce>
@@ -28,25 +32,13 @@ struct ScanSums {
     for (int i = 0; i < Q::kSubs; ++i) square[i] = V::mul(scale[i], scale[i]);
     B w[8];
     high_bits<g>(Q::high(unit, j), w);
-    GEMMA_UNROLL(8)
-    for (int i = 0; i < R; ++i, q += kBlock, ++s) {
-      F& e = estimate[HELD - 1][i];
-      F& m = margin[HELD - 1][i];
-      F sum = V::set(s->offset[0]);
-      if constexpr (Q::kSubs == 1 && !FINE) {
-        sum = V::fma(V::to_float(V::template dot<4, 0, 8>(w, q, 0)), V::set(s->d[0]), sum);
-      } else {
-        sum = V::fma(V::to_float(V::template dot<4, 0, 4>(w, q, 0)), V::set(s->d[0]), sum);
-        if constexpr (Q::kSubs == 2) {
-          e = V::fma(scale[0], sum, e);
-          m = V::fma(square[0], V::set(s->energy[0]), m);
-          sum = V::set(s->offset[1]);
-        }
-        sum = V::fma(V::to_float(V::template dot<4, 0, 4>(w + 4, q + 16, 0)), V::set(s->d[1]), sum);
+    for (int i = 0; i < R; ++i, q += kBlock, ++s)
+      for (int sub = 0; sub < Q::kSubs; ++sub) {
+        F& e = estimate[HELD - 1][i];
+        F& m = margin[HELD - 1][i];
+        e = V::fma(scale[sub], scan_sum(V::template dot<4, 0, kSteps>(w + sub * kSteps, q + sub * 16, 0), *s, sub), e);
+        m = V::fma(square[sub], V::set(s->energy[sub]), m);
       }
-      e = V::fma(scale[Q::kSubs - 1], sum, e);
-      m = V::fma(square[Q::kSubs - 1], V::set(s->energy[Q::kSubs - 1]), m);
-    }
   }
 };
 
@@ -60,13 +52,27 @@ struct Scanned {
   bool cached = false;  // an earlier pass has read the panel
 };
 
-// The bounds of groups G and on, of R activation rows.
-template <class Q, bool FINE, int R, int G = 0>
-GEMMA_INLINE void scan_groups(const Scanned& a, F* low, F* high) {
+// Above 0 in the lanes of group g that do not count.
+GEMMA_INLINE F left_out(uint32_t skip, int g) {
   constexpr int32_t kBits[16] = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+  return V::to_float(V::and_i(V::set_i(static_cast<int32_t>(skip >> g * W)), V::load_i(kBits)));
+}
+
+// low = the larger of low and estimate - margin, high of high and estimate + margin.
+GEMMA_INLINE void add_bounds(F estimate, F square, F out, F& low, F& high) {
+  const F nothing = V::set(-INFINITY), margin = V::sqrt(square);
+  // A row without a number is no measure for the others (`max` takes its second operand then), and may itself be the best.
+  F up = V::add(estimate, margin);
+  up = V::less(nothing, up, up, V::set(INFINITY));
+  low = V::max(V::less(V::zero(), out, nothing, V::sub(estimate, margin)), low);
+  high = V::max(V::less(V::zero(), out, nothing, up), high);
+}
+
+// The bounds of groups G and on, of R activation rows.
+template <class Q, int R, int G = 0>
+GEMMA_INLINE void scan_groups(const Scanned& a, F* low, F* high) {
   constexpr int kBytes = Q::kUnit / Q::kUnitBlocks;
-  using Sums = ScanSums<Q, FINE, R>;
-  const F nothing = V::set(-INFINITY);
+  using Sums = ScanSums<Q, R>;
   Sums sums;
   for (int g = 0; g < Sums::kAtOnce; ++g)
     for (int i = 0; i < R; ++i) sums.estimate[g][i] = sums.margin[g][i] = V::zero();
@@ -79,52 +85,105 @@ GEMMA_INLINE void scan_groups(const Scanned& a, F* low, F* high) {
       sums.template step<G>(unit, j, q, s);
     }
   for (int g = 0; g < Sums::kAtOnce; ++g) {
-    const I apart = V::and_i(V::set_i(static_cast<int32_t>(a.skip >> (G + g) * W)), V::load_i(kBits));
-    const F left_out = V::to_float(apart);
-    for (int i = 0; i < R; ++i) {
-      const F estimate = sums.estimate[g][i], margin = V::sqrt(sums.margin[g][i]);
-      // A row without a number is no measure for the others (`max` takes its second operand then), and may itself be the best.
-      F up = V::add(estimate, margin);
-      up = V::less(nothing, up, up, V::set(INFINITY));
-      low[i] = V::max(V::less(V::zero(), left_out, nothing, V::sub(estimate, margin)), low[i]);
-      high[i] = V::max(V::less(V::zero(), left_out, nothing, up), high[i]);
-    }
+    const F out = left_out(a.skip, G + g);
+    for (int i = 0; i < R; ++i) add_bounds(sums.estimate[g][i], sums.margin[g][i], out, low[i], high[i]);
   }
-  if constexpr (G + Sums::kAtOnce < kGroups) scan_groups<Q, FINE, R, G + Sums::kAtOnce>(a, low, high);
+  if constexpr (G + Sums::kAtOnce < kGroups) scan_groups<Q, R, G + Sums::kAtOnce>(a, low, high);
 }
 
 // R rows at a time, then the rest.
-template <class Q, bool FINE, int R>
+template <class Q, int R>
 void scan_panel(Scanned a, int left, float* low, float* high, int64_t ld) {
   for (; left >= R; left -= R, a.q += R * kBlock, a.scales += R, a.cached = true, low += R * ld, high += R * ld) {
     F lo[R], hi[R];
     for (int i = 0; i < R; ++i) lo[i] = hi[i] = V::set(-INFINITY);
-    scan_groups<Q, FINE, R>(a, lo, hi);
+    scan_groups<Q, R>(a, lo, hi);
     for (int i = 0; i < R; ++i) {
       low[i * ld] = V::max_of(lo[i]);
       high[i * ld] = V::max_of(hi[i]);
     }
   }
   if constexpr (R > 1)
-    if (left > 0) scan_panel<Q, FINE, R / 2>(a, left, low, high, ld);
+    if (left > 0) scan_panel<Q, R / 2>(a, left, low, high, ld);
 }
 
-template <class Q, bool FINE>
+// Four rows or more of Q8_0 where a panel is two groups, in the way of FourRows: an activation is broadcast once for both, and the sums lie
+// in L1.
+template <class Vec>
+struct ScanFour {
+  static constexpr int kFrom = 4;
+  B w[2][8];
+  F scale[2], square[2];
+  I dot[kFrom][2];
+
+  template <int N = 0>
+  GEMMA_INLINE void meet(const uint8_t* plane, const int8_t* q) {
+    w[0][N] = load_4bit<0, N>(plane);
+    w[1][N] = load_4bit<1, N>(plane);
+    for (int i = 0; i < kFrom; ++i) {
+      const B x = Vec::bytes4(q + i * kBlock + 4 * N);
+      for (int g = 0; g < 2; ++g) dot[i][g] = Vec::add_dot(N ? dot[i][g] : V::set_i(0), w[g][N], x);
+    }
+    if constexpr (N < 7) meet<N + 1>(plane, q);
+  }
+  GEMMA_INLINE void close(const I* dots, const ScanScale& s, float* estimate, float* margin) const {
+    for (int g = 0; g < 2; ++g) {
+      V::store(estimate + g * W, V::fma(scale[g], scan_sum(dots[g], s, 0), V::load(estimate + g * W)));
+      V::store(margin + g * W, V::fma(square[g], V::set(s.energy[0]), V::load(margin + g * W)));
+    }
+  }
+  GEMMA_INLINE void step(const uint8_t* unit, const int8_t* q, const ScanScale* s, int rows, float* estimate,
+                         float* margin) {
+    F none;
+    EightBit::scales<0>(unit, 0, &scale[0], none);
+    EightBit::scales<1>(unit, 0, &scale[1], none);
+    for (int g = 0; g < 2; ++g) square[g] = V::mul(scale[g], scale[g]);
+    meet(EightBit::high(unit, 0), q);
+    for (int i = 0; i < kFrom; ++i) close(dot[i], s[i], estimate + i * kPanel, margin + i * kPanel);
+    for (int i = kFrom; i < rows; ++i) {
+      const int8_t* a = q + i * kBlock;
+      const I dots[2] = {V::template dot<4, 0, 8>(w[0], a, 0), V::template dot<4, 0, 8>(w[1], a, 0)};
+      close(dots, s[i], estimate + i * kPanel, margin + i * kPanel);
+    }
+  }
+};
+
+template <class Vec>
+void scan_four(const Scanned& a, float* low, float* high, int64_t ld) {
+  alignas(64) float estimate[kActChunk * kPanel], margin[kActChunk * kPanel];
+  for (int i = 0; i < a.rows * kPanel; i += W) {
+    V::store(estimate + i, V::zero());
+    V::store(margin + i, V::zero());
+  }
+  ScanFour<Vec> four;
+  const uint8_t* unit = a.units;
+  const int8_t* q = a.q;
+  const ScanScale* s = a.scales;
+  for (int64_t j = 0; j < a.blocks; ++j, unit += EightBit::kUnit, q += a.rows * kBlock, s += a.rows) {
+    for (int p = 0; p < EightBit::kUnit; p += 64) GEMMA_PREFETCH(unit + V::kAhead * EightBit::kUnit + p);
+    four.step(unit, q, s, a.rows, estimate, margin);
+  }
+  for (int i = 0; i < a.rows; ++i) {
+    F lo = V::set(-INFINITY), hi = lo;
+    for (int g = 0; g < kGroups; ++g)
+      add_bounds(V::load(estimate + i * kPanel + g * W), V::load(margin + i * kPanel + g * W), left_out(a.skip, g), lo,
+                 hi);
+    low[i * ld] = V::max_of(lo);
+    high[i * ld] = V::max_of(hi);
+  }
+}
+
+template <class Q>
 void scan_rows(const Scanned& a, float* low, float* high, int64_t ld) {
-  a.rows == 1 ? scan_panel<Q, FINE, 1>(a, 1, low, high, ld)
-              : scan_panel<Q, FINE, V::kScanRows>(a, a.rows, low, high, ld);
+  if constexpr (kGroups == 2 && Q::kSubs == 1)
+    if (a.rows >= ScanFour<V>::kFrom) return scan_four<V>(a, low, high, ld);
+  a.rows == 1 ? scan_panel<Q, 1>(a, 1, low, high, ld) : scan_panel<Q, 2>(a, a.rows, low, high, ld);
 }
 
-void scan(DType type, const uint8_t* units, int64_t blocks, const QuantActs& a, const ScanScale* scales, uint32_t skip,
-          float* low, float* high, int64_t ld) {
-  const Scanned all{units, blocks, a.q, scales, a.rows, skip};
-  // Where weights have a scale for either half, activations always seem to have one.
-  if (type == DType::Q6_K)
-    scan_rows<SixBit, true>(all, low, high, ld);
-  else if (a.fine)
-    scan_rows<EightBit, true>(all, low, high, ld);
-  else
-    scan_rows<EightBit, false>(all, low, high, ld);
+void scan(DType type, const uint8_t* units, int64_t blocks, const int8_t* q, const ScanScale* scales, int rows,
+          uint32_t skip, float* low, float* high, int64_t ld) {
+  const Scanned all{units, blocks, q, scales, rows, skip};
+  type == DType::Q6_K ? scan_rows<SixBit>(all, low, high, ld) : scan_rows<EightBit>(all, low, high, ld);
 }
 
 }  // namespace GEMMA_ISA

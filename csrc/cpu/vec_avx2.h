@@ -169,7 +169,6 @@ struct V {
 #endif
   }
 
-  static constexpr int kScanRows = 2;  // rows of activations that a pass of scan-inl.h takes at most
   // Products by l1-block-inl.h, where that is quicker than `dot`.
 #if defined(GEMMA_AVX_VNNI)
   static constexpr bool kL1Block = false;

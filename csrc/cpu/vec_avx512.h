@@ -149,7 +149,6 @@ struct V {
 
   static constexpr int kAhead = 16;        // blocks of weights that are asked for ahead
   static constexpr bool kL1Block = false;  // no products by l1-block-inl.h
-  static constexpr int kScanRows = 8;      // rows of activations that a pass of scan-inl.h takes at most
 
   // bf16 products, few rows: 32 values along K at a time, activations rounded to bf16.
   static constexpr int kBf16Few = 8;  // rows of activations

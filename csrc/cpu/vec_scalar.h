@@ -251,7 +251,6 @@ struct V {
 
   static constexpr int kAhead = 4;         // blocks of weights that are asked for ahead
   static constexpr bool kL1Block = false;  // no products by l1-block-inl.h
-  static constexpr int kScanRows = 2;      // rows of activations that a pass of scan-inl.h takes at most
 
   // bf16 products, few rows: 16 values along K at a time, activations in float32.
   static constexpr int kBf16Few = 2;  // rows of activations
