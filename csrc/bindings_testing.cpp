@@ -1,6 +1,11 @@
 // Entry points for tests: single kernels of the level in use, the encoders, and the emulated device.
 #include <algorithm>
+#include <chrono>
 #include <cmath>
+#include <mutex>
+#include <stdexcept>
+#include <thread>
+#include <tuple>
 
 #include "bindings.h"
 #include "cpu/head.h"
@@ -80,6 +85,34 @@ std::pair<std::vector<float>, std::vector<float>> test_bounds(const std::string&
     HeadBounds bounds = head_bounds(kernels(), pool, acts, w, apart);
     return std::make_pair(std::move(bounds.low), std::move(bounds.high));
   });
+}
+
+// The pieces of a loop, (begin, end, whether its thread has more), after one with a grain of 1 in which the piece with item `fail` throws.
+// The piece with item 0 takes its time, so that others take from its thread's share.
+std::vector<std::tuple<int64_t, int64_t, bool>> test_pieces(int threads, int64_t count, int64_t grain, int64_t fail) {
+  ThreadPool pool(threads);
+  std::vector<std::tuple<int64_t, int64_t, bool>> pieces;
+  std::mutex mutex;
+  const auto loop = [&](int64_t least) {
+    pieces.clear();
+    pool.parallel_for(count, least, [&](int64_t begin, int64_t end, int thread) {
+      if (begin <= fail && fail < end) throw std::range_error("a piece");
+      const bool more = pool.has_more(thread);
+      if (begin == 0) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+      std::lock_guard<std::mutex> lock(mutex);
+      pieces.emplace_back(begin, end, more);
+    });
+  };
+  bool thrown = false;
+  try {
+    loop(1);
+  } catch (const std::range_error&) {
+    thrown = true;
+  }
+  GEMMA_CHECK(thrown == (fail >= 0), "an exception was lost, or came from nowhere");
+  fail = -1;
+  loop(grain);
+  return pieces;
 }
 
 py::bytes test_tile(const std::string& type, const py::bytes& data, int64_t rows, int64_t cols, bool back) {
@@ -172,6 +205,7 @@ void add_testing(py::module_& m) {
         py::arg("calls") = 2);
   t.def("head_bounds", test_bounds, py::arg("dtype"), py::arg("data"), py::arg("rows"), py::arg("cols"), py::arg("x"),
         py::arg("fine"), py::arg("apart"));
+  t.def("pieces", test_pieces, py::arg("threads"), py::arg("count"), py::arg("grain"), py::arg("fail") = -1);
   t.def("tile",
         [](const std::string& n, const py::bytes& d, int64_t r, int64_t c) { return test_tile(n, d, r, c, false); });
   t.def("untile",

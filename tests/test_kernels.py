@@ -129,6 +129,20 @@ def test_bf16_product(m: int) -> None:
         assert (np.abs(y - x.astype(np.float64) @ w.T) <= bound).all()
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+@pytest.mark.parametrize(("count", "grain"), [(1, 1), (2, 1), (7, 3), (64, 1), (1000, 16), (1001, 16), (5, 9)])
+def test_pieces_of_a_loop(threads: int, count: int, grain: int) -> None:
+    """Each item once, also after a loop that ended early; the threads go through their shares in order."""
+    for fail in (-1, 0, count // 2, count - 1):
+        pieces = sorted(T.pieces(threads, count, grain, fail))
+        begins, ends, more = zip(*pieces, strict=True)
+        assert begins == (0, *ends[:-1]) and ends[-1] == count
+        assert all(begin % grain == 0 for begin in begins)
+        assert not any(m and end == count for _, end, m in pieces)
+        if threads == 1 or count <= grain:
+            assert pieces == [(0, count, False)]
+
+
 @pytest.mark.parametrize("fine", [False, True])
 @pytest.mark.parametrize("name", [*BLOCK, "BF16"])
 def test_product_bits_do_not_depend_on_company_or_threads(name: str, fine: bool) -> None:
