@@ -148,6 +148,7 @@ def test_stop_tokens() -> None:
         ("o t", "hell", "stop"),  # spans tokens
         (["world", "the"], "hello ", "stop"),  # the first in the text, not in the list
         (["the w", "he"], "", "stop"),  # of stops that begin later and earlier, the earlier
+        (["the wor", "w"], "hello the ", "stop"),  # the first that is complete, also where one token completes both
         ("world!!", "hello the world!", "stop"),  # begun but not finished, so it is given out at the end
         ("absent", "hello the world!", "stop"),
         ("hello the world!", "", "stop"),

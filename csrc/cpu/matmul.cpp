@@ -109,7 +109,7 @@ namespace {
 
 int64_t panels_of(const CpuMatrix& w) { return (w.rows + kPanel - 1) / kPanel; }
 
-// Panels of the shortest work item, for `bytes` of weights in `panels` panels: what is asked for beyond an item's end comes in vain.
+// Panels of the shortest work item, for `bytes` of weights in `panels` panels: short enough that all threads end together.
 int64_t grain_of(const ThreadPool& pool, size_t bytes, int64_t panels) {
   const size_t share = bytes / (32 * static_cast<size_t>(pool.size()));
   const size_t item = std::clamp<size_t>(share, 16u << 10, 256u << 10);

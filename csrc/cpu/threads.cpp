@@ -199,9 +199,8 @@ void ThreadPool::run(int64_t count, int64_t grain, Call call, void* context) {
   s.error = nullptr;
   s.failed.store(false, std::memory_order_relaxed);
   const int64_t grains = (count + s.grain - 1) / s.grain;
-  const auto share_at = [&](int64_t t) {
-    return (t * grains + size_ - 1) / size_;
-  };  // the calling thread's is a largest
+  // No share is larger than the first, the calling thread's.
+  const auto share_at = [&](int64_t t) { return (t * grains + size_ - 1) / size_; };
   for (int t = 0; t < size_; ++t)
     s.shares[t].left.store(Shared::grains(share_at(t), share_at(t + 1)), std::memory_order_relaxed);
   const uint64_t loop = s.state.load(std::memory_order_relaxed) / kLoop + 1;

@@ -68,9 +68,10 @@ class _Text:
 
     def _give(self, new: str) -> tuple[str, bool]:
         self._held += new
-        found = [i for i in (self._held.find(s) for s in self._stops) if i >= 0]
-        if found:
-            keep, stopped = min(found), True
+        # Of what a token completes at once, the first to be complete: it must not matter how a text is cut into tokens.
+        met = [(begin + len(s), begin) for s in self._stops if (begin := self._held.find(s)) >= 0]
+        if met:
+            keep, stopped = min(met)[1], True
         else:
             # The longest tail that a stop string could still begin with.
             tail = max((n for s in self._stops for n in range(1, len(s)) if self._held.endswith(s[:n])), default=0)
