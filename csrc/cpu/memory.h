@@ -46,7 +46,12 @@ class Memory {
   void allocate(size_t bytes) {
     release();
     const size_t page = bytes >= kHuge / 2 ? kHuge : 64;
-    bytes = (bytes + page - 1) / page * page;
+    size_t unit = page;
+#if defined(__linux__)
+    // An end of less than half a huge page lies in small ones: hundreds of matrices would lose the rest.
+    if (page == kHuge && bytes % kHuge < kHuge / 2) unit = 4096;
+#endif
+    bytes = (bytes + unit - 1) / unit * unit;
 #if defined(_MSC_VER)
     data_ = static_cast<uint8_t*>(_aligned_malloc(bytes, page));
 #else
