@@ -55,7 +55,8 @@ class Memory {
 #if defined(_MSC_VER)
     data_ = static_cast<uint8_t*>(_aligned_malloc(bytes, page));
 #else
-    data_ = static_cast<uint8_t*>(std::aligned_alloc(page, bytes));
+    void* p = nullptr;  // aligned_alloc may insist on a multiple of `page`
+    data_ = posix_memalign(&p, page, bytes) == 0 ? static_cast<uint8_t*>(p) : nullptr;
 #endif
     if (!data_) throw std::bad_alloc();
     size_ = bytes;
