@@ -110,7 +110,7 @@ void scan_panel(Scanned a, int left, float* low, float* high, int64_t ld) {
 // Four rows or more of Q8_0 where a panel is two groups, in the way of FourRows: an activation is broadcast once for both, and the sums lie
 // in L1.
 template <class Vec>
-struct ScanFour {
+struct ScanFour : SumsInTile {
   static constexpr int kFrom = 4;
   B w[2][8];
   F scale[2], square[2];
@@ -151,11 +151,9 @@ struct ScanFour {
 template <class Vec>
 void scan_four(const Scanned& a, float* low, float* high, int64_t ld) {
   alignas(64) float estimate[kActChunk * kPanel], margin[kActChunk * kPanel];
-  for (int i = 0; i < a.rows * kPanel; i += W) {
-    V::store(estimate + i, V::zero());
-    V::store(margin + i, V::zero());
-  }
   ScanFour<Vec> four;
+  four.start(false, a.rows, estimate);
+  four.start(false, a.rows, margin);
   const uint8_t* unit = a.units;
   const int8_t* q = a.q;
   const ScanScale* s = a.scales;
