@@ -2,6 +2,8 @@
 // kernels-inl.h.
 #pragma once
 
+#include <algorithm>
+
 #include "bf16-columns-inl.h"
 #include "kernels.h"
 
@@ -11,6 +13,9 @@ namespace GEMMA_ISA {
 // Up to so many rows of activations meet the weights as they come; more are worth transposing them.
 constexpr int kFewRows = V::kBf16Few;
 constexpr int kStep = V::kBf16Step;
+constexpr int64_t kNear = 32 << 10;  // bytes of activations that stay in the first cache
+constexpr int64_t kPage = 2048;      // weights of 4 KB
+constexpr int64_t kFar = 2 * kPage;  // so many weights memory is asked for ahead
 
 int64_t pack_bytes(int64_t k) { return (k + 31) / 32 * 32 * V::kPackedSize; }
 
@@ -28,14 +33,14 @@ void pack(const float* x, int64_t ldx, int n, int64_t at, int64_t count, int64_t
   }
 }
 
-// Adds K values [from, to) to the sums of R weight rows, ldw apart, and M packed activation rows; `from` 0 starts them. `tail`: the
-// last values of each row. `ahead`: where the weights lie that come next, or null.
+// Adds K values [from, to) to the sums of every gap-th of R weight rows, ldw apart, and M packed activation rows; `from` 0 starts them.
+// `tail`: the last values of each row. `ahead`: where the weights lie that come next, or null.
 template <int R, int M>
 inline void bf16_steps(const uint16_t* w, int64_t ldw, const uint16_t (*tail)[32], const uint16_t* ahead,
-                       const uint8_t* x, int64_t ldx, int64_t from, int64_t to, V::Sum (*sum)[kFewRows]) {
+                       const uint8_t* x, int64_t ldx, int64_t from, int64_t to, int gap, V::Sum (*sum)[kFewRows]) {
   V::Sum s[R][M];
   for (int r = 0; r < R; ++r)
-    for (int m = 0; m < M; ++m) s[r][m] = from ? sum[r][m] : V::sum_zero();
+    for (int m = 0; m < M; ++m) s[r][m] = from ? sum[r * gap][m] : V::sum_zero();
   auto step = [&](int64_t i, const uint16_t* at, int64_t apart) {
     for (int half = 0; half < V::kBf16Halves; ++half) {
       V::Wide v[R];
@@ -48,40 +53,51 @@ inline void bf16_steps(const uint16_t* w, int64_t ldw, const uint16_t (*tail)[32
   };
   int64_t i = from;
   for (; i + kStep <= to; i += kStep) {
-    // For a single row of activations, which waits for memory, in the order of memory.
-    for (int r = 0; r < R && ahead; ++r)
-      GEMMA_PREFETCH(ahead + (M == 1 ? R * (i - from) + r * kStep : r * ldw + i - from));
-    step(i, w + i, ldw);
+    for (int r = 0; r < R && ahead; ++r) GEMMA_PREFETCH_ONCE(ahead + r * gap * ldw + i - from);
+    step(i, w + i, gap * ldw);
   }
-  if (i < to) step(i, tail[0], 32);
+  if (i < to) step(i, tail[0], gap * 32);
   for (int r = 0; r < R; ++r)
-    for (int m = 0; m < M; ++m) sum[r][m] = s[r][m];
+    for (int m = 0; m < M; ++m) sum[r * gap][m] = s[r][m];
 }
 
-// m <= M rows of activations. For one, memory is read in few streams, weight row after weight row. For more, a piece of theirs stays in
-// the first cache while all weight rows meet it.
+// M rows of activations, which stay in the first cache, in pieces along K if need be, while all weight rows meet them. R weight rows at a
+// time, each from a part of the panel of its own: hardware prefetch goes on past the end of a row, which should not be for nothing.
+template <int R, int M>
+inline void bf16_rows(const uint16_t* w, int64_t ldw, int rows, int64_t k, const uint8_t* x, int64_t piece,
+                      const uint16_t* next, float* out, int64_t ldo) {
+  uint16_t tail[kBf16Rows][32] = {};  // the last values of each row, padded with zeros to a step
+  for (int r = 0; r < rows; ++r)
+    for (int64_t j = k / kStep * kStep; j < k; ++j) tail[r][j % kStep] = w[r * ldw + j];
+  const int part = rows / R, far = static_cast<int>(std::min<int64_t>(4, 1 + kFar / (R * k + 1)));
+  V::Sum sum[kBf16Rows][kFewRows];
+  for (int64_t from = 0; from < k; from += piece) {
+    const int64_t to = std::min(from + piece, k);
+    for (int r = 0; r < part; ++r) {
+      // Hardware prefetch ends with a page: ask for what comes next, be it the rows below, the next piece or the next panel.
+      const int over = r + far - part;
+      const uint16_t* ahead = over < 0 ? w + (r + far) * ldw + from
+                              : to < k ? w + over * ldw + to
+                              : next   ? next + over * ldw
+                                       : nullptr;
+      bf16_steps<R, M>(w + r * ldw, ldw, tail + r, ahead, x, pack_bytes(k), from, to, part, sum + r);
+    }
+    for (int r = R * part; r < rows; ++r)
+      bf16_steps<1, M>(w + r * ldw, ldw, tail + r, nullptr, x, pack_bytes(k), from, to, 1, sum + r);
+  }
+  for (int i = 0; i < M; ++i) V::close(&sum[0][i], kFewRows, rows, out + i * ldo);
+}
+
+// m <= M rows of activations. Memory is read fastest in its own order, whole weight rows one after another.
 template <int M>
 inline void bf16_few(const uint16_t* w, int64_t ldw, int rows, int64_t k, const uint8_t* x, int m, const uint16_t* next,
                      float* out, int64_t ldo) {
   if constexpr (M > 1)
     if (m < M) return bf16_few<M - 1>(w, ldw, rows, k, x, m, next, out, ldo);
-  constexpr int R = M == 1 ? V::kBf16Streams : V::bf16_tile(M);
-  uint16_t tail[kBf16Rows][32] = {};  // the last values of each row, padded with zeros to a step
-  for (int r = 0; r < rows; ++r)
-    for (int64_t j = k / kStep * kStep; j < k; ++j) tail[r][j % kStep] = w[r * ldw + j];
-  V::Sum sum[kBf16Rows][kFewRows];
-  const int64_t piece = M == 1 ? k : V::kPiece;
-  for (int64_t from = 0; from < k; from += piece) {
-    const int64_t to = from + piece < k ? from + piece : k;
-    int r = 0;
-    for (; r + R <= rows; r += R) {
-      // Hardware prefetch ends with a page: ask for what comes next, be it the rows below, the next piece or the next panel.
-      const uint16_t* ahead = r + R < rows ? w + (r + R) * ldw + from : to < k ? w + to : next;
-      bf16_steps<R, M>(w + r * ldw, ldw, tail + r, ahead, x, pack_bytes(k), from, to, sum + r);
-    }
-    for (; r < rows; ++r) bf16_steps<1, M>(w + r * ldw, ldw, tail + r, nullptr, x, pack_bytes(k), from, to, sum + r);
-  }
-  for (int i = 0; i < M; ++i) V::close(&sum[0][i], kFewRows, rows, out + i * ldo);
+  constexpr int64_t kMost = kNear / (M * V::kPackedSize), kPiece = kMost / kPage * kPage;
+  static_assert(kPiece > 0);
+  if (M == 1 || k <= kMost) return bf16_rows<V::bf16_tile(M, true), M>(w, ldw, rows, k, x, k, next, out, ldo);
+  bf16_rows<V::bf16_tile(M, false), M>(w, ldw, rows, k, x, kPiece, next, out, ldo);
 }
 
 bool bf16(const uint16_t* w, int64_t ldw, int rows, int64_t k, const void* acts, int64_t first, int m, int64_t n,

@@ -19,8 +19,10 @@ constexpr int kGroups = kPanel / W;  // vectors that cover a panel's 32 rows
 
 #if defined(__GNUC__)
 #define GEMMA_PREFETCH(p) __builtin_prefetch(p)
+#define GEMMA_PREFETCH_ONCE(p) __builtin_prefetch(p, 0, 0)  // what is used once and need not stay in caches
 #else
 #define GEMMA_PREFETCH(p) (void)(p)
+#define GEMMA_PREFETCH_ONCE(p) (void)(p)
 #endif
 #define GEMMA_PRAGMA(x) _Pragma(#x)
 #if defined(__clang__)

@@ -206,10 +206,8 @@ struct V {
   // widened in registers.
   static constexpr int kBf16Few = 3;  // rows of activations
   static constexpr int kBf16Step = 16, kBf16Halves = 2;
-  static constexpr int bf16_tile(int) { return 1; }  // weight rows that meet so many at a time
-  static constexpr int kBf16Streams = 2;             // the same for a single row of activations
-  static constexpr int kPackedSize = 4;              // bytes of a packed activation
-  static constexpr int64_t kPiece = 2048;            // K values of activations that stay in L1
+  static constexpr int bf16_tile(int m, bool) { return m == 1 ? 2 : 1; }  // weight rows that meet so many at a time
+  static constexpr int kPackedSize = 4;                                   // bytes of a packed activation
   using Wide = __m256;
   using Packed = __m256;
   struct Sum {

@@ -153,11 +153,9 @@ struct V {
   // bf16 products, few rows: 32 values along K at a time, activations rounded to bf16.
   static constexpr int kBf16Few = 8;  // rows of activations
   static constexpr int kBf16Step = 32, kBf16Halves = 1;
-  // Weight rows that meet so many at a time: the sums take at most 24 of 32 registers.
-  static constexpr int bf16_tile(int m) { return m > 6 ? 2 : 4; }
-  static constexpr int kBf16Streams = 1;   // the same for a single row of activations
-  static constexpr int kPackedSize = 2;    // bytes of a packed activation
-  static constexpr int64_t kPiece = 1024;  // K values of activations that stay in L1
+  // Weight rows that meet so many at a time, `whole` or in pieces: the sums take at most 16 of 32 registers.
+  static constexpr int bf16_tile(int m, bool whole) { return m > 4 ? 2 : whole ? 1 : 4; }
+  static constexpr int kPackedSize = 2;  // bytes of a packed activation
   using Wide = __m512i;
   using Packed = __m512i;
   static __m512bh as_bf16(__m512i x) {

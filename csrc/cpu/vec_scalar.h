@@ -255,10 +255,8 @@ struct V {
   // bf16 products, few rows: 16 values along K at a time, activations in float32.
   static constexpr int kBf16Few = 2;  // rows of activations
   static constexpr int kBf16Step = 16, kBf16Halves = 1;
-  static constexpr int bf16_tile(int) { return 2; }  // weight rows that meet so many at a time
-  static constexpr int kBf16Streams = 1;             // the same for a single row of activations
-  static constexpr int kPackedSize = 4;              // bytes of a packed activation
-  static constexpr int64_t kPiece = 2048;            // K values of activations that stay in L1
+  static constexpr int bf16_tile(int, bool) { return 2; }  // weight rows that meet so many at a time
+  static constexpr int kPackedSize = 4;                    // bytes of a packed activation
   struct Wide {
     uint16_t v[16];
   };
