@@ -164,7 +164,9 @@ def test_product_bits_do_not_depend_on_company_or_threads(name: str, fine: bool)
         assert product(a, b) == together[a * row : b * row]
 
 
-@pytest.mark.parametrize(("rows", "k"), [(1, 1), (3, 17), (15, 32), (17, 333), (33, 2047), (40, 2049), (16, 4130)])
+@pytest.mark.parametrize(
+    ("rows", "k"), [(1, 1), (3, 17), (15, 32), (17, 333), (33, 2047), (40, 2049), (16, 4130), (7, 8230)]
+)
 def test_bf16_bits_do_not_depend_on_company(rows: int, k: int) -> None:
     """Few rows and many go through different kernels, K through spans, and the last step of a row may be short."""
     rng = np.random.default_rng(k)
@@ -324,6 +326,29 @@ def test_bounds_of_the_scan(name: str, rows: int, k: int, m: int, fine: bool) ->
         if bound is high and not apart[31]:
             wanted[:, 0] = np.inf  # it may be the best
         np.testing.assert_allclose(bound, wanted, rtol=1e-5, atol=1e-5 * np.nanmax(np.abs(value)))
+
+
+@pytest.mark.parametrize("best", [1, 3])
+def test_what_the_scan_leaves(best: int) -> None:
+    """Panels whose upper bound reaches a row's bar: the best products of the panels with the best lower bounds."""
+    rng = np.random.default_rng(6)
+    rows, k, m = 16384 - 5, 256, 3
+    data = T.quantize("Q8_0", rng.standard_normal((rows, k)).astype(np.float32))
+    x = rng.standard_normal((m, k)).astype(np.float32)
+    also = [7, *range(32, 64)]  # a panel that is no measure at all
+    apart = [0] * (rows // 32 + 1)
+    for row in also:
+        apart[row // 32] |= 1 << row % 32
+    low, high = np.array(T.head_bounds("Q8_0", data, rows, k, x, False, apart)).reshape(2, m, -1)
+    y = np.pad(T.product("Q8_0", data, rows, k, x), ((0, 0), (0, 5)), constant_values=-np.inf)
+    y[:, also] = -np.inf
+    most = y.reshape(m, -1, 32).max(-1)
+    first = np.unique(np.argsort(-low, axis=1)[:, :best])
+    bar = np.sort(most[:, first], axis=1)[:, -best]
+    left = (high >= bar[:, None]).any(0)
+    left[[0, 1]] = True
+    assert T.reachable("Q8_0", data, rows, k, x, best, also=also, calls=2) == np.flatnonzero(left).tolist()
+    assert left.sum() < (high >= np.sort(low, axis=1)[:, -best, None]).any(0).sum()  # by the bounds alone
 
 
 def test_head_scan_knows_its_limits() -> None:

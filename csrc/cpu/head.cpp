@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
+#include <limits>
 #include <numeric>
 
 #include "../quant.h"
@@ -88,6 +90,35 @@ HeadBounds head_bounds(const Kernels& kernels, ThreadPool& pool, const Activatio
   return bounds;
 }
 
+std::vector<float> HeadScan::bars(const Kernels& kernels, ThreadPool& pool, const Activations& x, const CpuMatrix& head,
+                                  int64_t k) const {
+  const int64_t total = static_cast<int64_t>(apart_.size());
+  std::vector<int32_t> best_panels(x.n * k);
+  pool.parallel_for(x.n, 1, [&](int64_t begin, int64_t end, int) {
+    float low[kMostBest];
+    for (int64_t i = begin; i < end; ++i)
+      best(bounds_.low.data() + i * total, total, k, best_panels.data() + i * k, low);
+  });
+  std::vector<int64_t> panels(best_panels.begin(), best_panels.end());
+  std::sort(panels.begin(), panels.end());
+  panels.erase(std::unique(panels.begin(), panels.end()), panels.end());
+  std::vector<float> y(x.n * panels.size() * kPanel), bars;
+  matmul_panels(kernels, pool, x, head, panels, y.data());
+  const float* products = y.data();
+  for (int64_t i = 0; i < x.n; ++i) {
+    std::vector<float> most;
+    for (int64_t p : panels) {
+      most.push_back(-std::numeric_limits<float>::infinity());
+      for (int64_t r = 0; r < std::min<int64_t>(kPanel, head.rows - p * kPanel); ++r)
+        if (!(apart_[p] >> r & 1)) most.back() = std::max(most.back(), products[r]);
+      products += kPanel;
+    }
+    std::nth_element(most.begin(), most.begin() + k - 1, most.end(), std::greater<float>());
+    bars.push_back(most[k - 1]);
+  }
+  return bars;
+}
+
 std::vector<int64_t> HeadScan::reachable(const Kernels& kernels, ThreadPool& pool, const Activations& x,
                                          const CpuMatrix& head, int64_t k, const std::vector<int32_t>& also,
                                          float softcap) {
@@ -109,16 +140,7 @@ std::vector<int64_t> HeadScan::reachable(const Kernels& kernels, ThreadPool& poo
   bounds_ = head_bounds(kernels, pool, x, head, apart_);
   if (!checked_) return all;
 
-  // k panels hold a row each that is no worse than this.
-  std::vector<float> bar(x.n);
-  pool.parallel_for(x.n, 1, [&](int64_t begin, int64_t end, int) {
-    int32_t panels[kMostBest];
-    float low[kMostBest];
-    for (int64_t i = begin; i < end; ++i) {
-      best(bounds_.low.data() + i * total, total, k, panels, low);
-      bar[i] = low[k - 1];
-    }
-  });
+  const std::vector<float> bar = bars(kernels, pool, x, head, k);
   for (float b : bar)
     if (!std::isfinite(b) || (softcap > 0 && b > kUnsaturated * softcap)) return all;
   std::vector<int64_t> reachable;
