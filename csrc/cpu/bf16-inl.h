@@ -33,8 +33,8 @@ void pack(const float* x, int64_t ldx, int n, int64_t at, int64_t count, int64_t
   }
 }
 
-// Adds K values [from, to) to the sums of every gap-th of R weight rows, ldw apart, and M packed activation rows; `from` 0 starts them.
-// `tail`: the last values of each row. `ahead`: where the weights lie that come next, or null.
+// Adds K values [from, to) to the sums of R weight rows, gap * ldw apart, and M packed activation rows; `from` 0 starts them. Of `tail`,
+// the last values of each row, and of `sum` every gap-th is theirs. `ahead`: where the weights lie that come next, or null.
 template <int R, int M>
 inline void bf16_steps(const uint16_t* w, int64_t ldw, const uint16_t (*tail)[32], const uint16_t* ahead,
                        const uint8_t* x, int64_t ldx, int64_t from, int64_t to, int gap, V::Sum (*sum)[kFewRows]) {
