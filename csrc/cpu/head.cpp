@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <functional>
 #include <limits>
 #include <numeric>
 
@@ -113,8 +112,10 @@ std::vector<float> HeadScan::bars(const Kernels& kernels, ThreadPool& pool, cons
         if (!(apart_[p] >> r & 1)) most.back() = std::max(most.back(), products[r]);
       products += kPanel;
     }
-    std::nth_element(most.begin(), most.begin() + k - 1, most.end(), std::greater<float>());
-    bars.push_back(most[k - 1]);
+    int32_t which[kMostBest];
+    float values[kMostBest];
+    best(most.data(), static_cast<int64_t>(most.size()), k, which, values);
+    bars.push_back(values[k - 1]);
   }
   return bars;
 }

@@ -20,8 +20,8 @@ HeadBounds head_bounds(const Kernels& kernels, ThreadPool& pool, const Activatio
                        const std::vector<uint32_t>& apart);
 
 // Rules out what it can of a vocabulary. The high bits of a panel of Q8_0 or Q6_K give every product to within a residual whose standard
-// deviation sigma follows from the scales and the activations; a row more than 8 sigma below the k-th best of some products, of the panels
-// that promise most, cannot be among the k best. That bound is observed, not proved: docs/MODEL.md has the figures.
+// deviation sigma follows from the scales and the activations; a row more than 8 sigma below the k-th best product of the panels that
+// promise most cannot be among the k best. That bound is observed, not proved: docs/MODEL.md has the figures.
 //
 // So it is checked all along: the first call names every panel, and once the best product of a panel that was named lies outside its bounds,
 // as it may if a head was quantised before to fewer bits and its low bits are anything but random, there is no scan any more.
@@ -38,6 +38,7 @@ class HeadScan {
   // For each row of x a product that k rows of the head reach, in panels of their own.
   std::vector<float> bars(const Kernels& kernels, ThreadPool& pool, const Activations& x, const CpuMatrix& head,
                           int64_t k) const;
+
   HeadBounds bounds_;  // of the last call; empty where it made none
   std::vector<uint32_t> apart_;
   bool checked_ = false, broken_ = false;
