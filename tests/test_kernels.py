@@ -333,9 +333,11 @@ def test_what_the_scan_leaves(best: int) -> None:
     """Panels whose upper bound reaches a row's bar: the best products of the panels with the best lower bounds."""
     rng = np.random.default_rng(6)
     rows, k, m = 16384 - 5, 256, 3
-    data = T.quantize("Q8_0", rng.standard_normal((rows, k)).astype(np.float32))
+    w = rng.standard_normal((rows, k)).astype(np.float32)
     x = rng.standard_normal((m, k)).astype(np.float32)
-    also = [7, *range(32, 64)]  # a panel that is no measure at all
+    w[3200], w[3201] = x[0], x[0] / 5  # the best of a panel is no measure, but the second best is
+    data = T.quantize("Q8_0", w)
+    also = [7, *range(32, 64), 3200]  # and a whole panel is none
     apart = [0] * (rows // 32 + 1)
     for row in also:
         apart[row // 32] |= 1 << row % 32
@@ -346,7 +348,7 @@ def test_what_the_scan_leaves(best: int) -> None:
     first = np.unique(np.argsort(-low, axis=1)[:, :best])
     bar = np.sort(most[:, first], axis=1)[:, -best]
     left = (high >= bar[:, None]).any(0)
-    left[[0, 1]] = True
+    left[[0, 1, 100]] = True
     assert T.reachable("Q8_0", data, rows, k, x, best, also=also, calls=2) == np.flatnonzero(left).tolist()
     assert left.sum() < (high >= np.sort(low, axis=1)[:, -best, None]).any(0).sum()  # by the bounds alone
 
