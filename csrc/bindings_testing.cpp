@@ -69,7 +69,7 @@ std::vector<int64_t> test_reachable(const std::string& type, const py::buffer& d
       panels = scan.reachable(kernels(), pool, acts, w, k, also, softcap);
       std::vector<float> y(panels.size() * acts.n * kPanel);
       matmul_panels(kernels(), pool, acts, w, panels, y.data());
-      scan.check(panels, acts.n, w.rows, y.data());
+      scan.check(pool, panels, acts.n, w.rows, y.data());
     }
     return panels;
   });
@@ -82,7 +82,8 @@ std::pair<std::vector<float>, std::vector<float>> test_bounds(const std::string&
   return with_head(type, data, rows, cols, x, fine, [&](ThreadPool& pool, const Activations& acts, const CpuMatrix& w) {
     GEMMA_CHECK(static_cast<int64_t>(apart.size()) == (w.rows + kPanel - 1) / kPanel,
                 "apart must have an entry a panel");
-    HeadBounds bounds = head_bounds(kernels(), pool, acts, w, apart);
+    HeadBounds bounds;
+    head_bounds(kernels(), pool, acts, w, apart, bounds);
     return std::make_pair(std::move(bounds.low), std::move(bounds.high));
   });
 }

@@ -369,12 +369,6 @@ float bf16_to_float(uint16_t b) {
   return f;
 }
 
-uint16_t float_to_bf16(float f) {
-  const uint32_t x = load32(&f);
-  if ((x & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>(x >> 16 | 0x40);  // NaN stays NaN
-  return static_cast<uint16_t>((x + 0x7fff + (x >> 16 & 1)) >> 16);
-}
-
 float half_to_float(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, e = h >> 10 & 31, m = h & 1023;
   uint32_t x;

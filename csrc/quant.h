@@ -23,6 +23,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "tensor.h"
 
@@ -79,7 +80,13 @@ PanelAt panel_at(DType type, int64_t rows, int64_t k, int64_t panel);
 
 float half_to_float(uint16_t h);
 uint16_t float_to_half(float f);  // round to nearest even
-uint16_t float_to_bf16(float f);  // round to nearest even, NaN kept
+// Round to nearest even, NaN kept. Static: files of different instruction sets share no function.
+static inline uint16_t float_to_bf16(float f) {
+  uint32_t x;
+  std::memcpy(&x, &f, sizeof(x));
+  const uint32_t nan = x >> 16 | 0x40, rounded = (x + 0x7fff + (x >> 16 & 1)) >> 16;
+  return static_cast<uint16_t>((x & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
+}
 float bf16_to_float(uint16_t b);
 
 // One row of a file (F32, F16, BF16 or blocks) to float32.

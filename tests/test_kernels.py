@@ -303,16 +303,24 @@ def test_bounds_of_the_scan(name: str, rows: int, k: int, m: int, fine: bool) ->
     scales, values = scales_and_values(name, blocks)
     steps, offset = (16, 128) if name == "Q8_0" else (4, 32)  # as many values share their high bits
     x = (rng.standard_normal((m, k)) + 1.5).astype(np.float32)  # a sum far from zero shows where the middle is
-    q = quantized_activations(x, 16 if fine else 32)
-    rounding = np.zeros((m, k // 16))
-    if fine and name == "Q8_0":  # with one scale a block, the half with the smaller values is rounded once more
-        d = np.abs(x).reshape(m, -1, 2, 16).max(-1) * np.float32(1 / 127)
-        most = d.max(-1, keepdims=True)
-        first = np.rint(q.reshape(m, -1, 2, 16) / d[..., None]).astype(np.float32)
-        q = (np.rint(first * (d / most)[..., None]) * most[..., None].astype(np.float64)).reshape(m, k)
-        rounding[:, ::2] = 16 / 12 * most[..., 0] ** 2 * 128**2 / 3  # of activations, times weights
-    middle = q @ (scales.repeat(16, -1) * (values // steps * steps + (steps - 1) / 2 - offset)).T
-    margin = 8 * np.sqrt(((steps**2 - 1) / 12 * (q**2).reshape(m, -1, 16).sum(-1) + rounding) @ (scales**2).T)
+    size = 16 if fine else 32
+    d = np.abs(x).reshape(m, -1, size).max(-1) * np.float32(1 / 127)
+    q = np.rint(quantized_activations(x, size).reshape(m, -1, size) / d[..., None])
+    # Rounded once more: a block's unit is the row's largest scale over a power of two, at most twice its own.
+    d = d.repeat(size // 16, -1)
+    largest = d.reshape(m, -1, 2).max(-1).repeat(2, -1)
+    row = d.max(-1, keepdims=True)
+    unit = row * np.exp2(-np.maximum(0, np.ceil(np.log2(row / largest) - 1))).astype(np.float32)
+    q = np.floor(q.reshape(m, -1, 16).astype(np.float32) * (d / unit)[..., None] + np.float32(0.5)).astype(np.int64)
+    together = 1 if name == "Q6_K" else 2  # halves whose sums are one integer
+    start = np.rint(((steps - 1) / 2 - offset) / steps * q.sum(-1).reshape(m, -1, together).sum(-1))
+    high = (values // steps).reshape(rows, -1, 16)
+    dots = np.einsum("mbi,rbi->mrb", q, high).reshape(m, rows, -1, together).sum(-1) + start[:, None]
+    middle = steps * (dots * unit[:, None, ::together] * scales[:, ::together]).sum(-1)
+    variance = (steps**2 - 1) / 12 * (q**2).sum(
+        -1
+    ) + 16 * offset**2 / 3 / 12  # of low bits; of weights, times roundings
+    margin = 8 * np.sqrt((unit**2 * variance) @ (scales**2).T)
     apart = rng.random(panels * 32) < 0.3
     apart[rows:] = False
     bits = (apart.reshape(panels, 32) @ (1 << np.arange(32, dtype=np.uint64))).astype(int).tolist()
@@ -373,13 +381,13 @@ def test_head_scan_knows_its_limits() -> None:
     assert T.reachable("Q8_0", data, rows, k, x, 1, softcap=30.0) == everything  # saturated: different products may tie
     assert len(T.reachable("Q8_0", data, rows, k, x / 100, 1, softcap=30.0)) < 5
     assert T.reachable("Q8_0", data, rows, k, 0 * x, 1) == everything
-    tiny = np.float32(1e-25) * x  # margins underflow, which the check finds
-    assert T.reachable("Q8_0", data, rows, k, tiny, 1) == everything
+    tiny = np.float32(1e-25) * x  # whose squares are nothing
+    assert len(T.reachable("Q8_0", data, rows, k, tiny, 1)) < 5
     x[0, 3] = np.nan
     assert T.reachable("Q8_0", data, rows, k, x, 1) == everything
     data, x = random_blocks("Q6_K", rows, 256, rng), np.eye(1, 256, dtype=np.float32)
-    assert len(T.reachable("Q6_K", data, rows, 256, np.repeat(x, 2, 0), 1)) < len(everything)
-    assert T.reachable("Q6_K", data, rows, 256, np.repeat(x, 3, 0), 1) == everything
+    assert len(T.reachable("Q6_K", data, rows, 256, np.repeat(x, 8, 0), 1)) < len(everything)
+    assert T.reachable("Q6_K", data, rows, 256, np.repeat(x, 9, 0), 1) == everything
     with pytest.raises(ValueError, match="Q4_0 is not scanned"):
         T.reachable("Q4_0", T.quantize("Q4_0", w), rows, k, x, 1)
 

@@ -70,10 +70,12 @@ class CpuBackend final : public Backend {
   void embed(const Matrix& table, const Rows& rows, float scale, Buffer& x) override {
     ropes_.clear();
     positions_.clear();
+    post_norm_ = nullptr;  // whatever a cancelled pass has left
+    unrotated_ = {};
     for (const Span& s : rows.spans)
       for (int64_t i = 0; i < s.count; ++i) positions_.push_back(s.position + i);
     const int64_t d = table.cols;
-    pool_.parallel_for(rows.n, 16, [&](int64_t begin, int64_t end, int) {
+    pool_.parallel_for(rows.n, 2, [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t t = rows.tokens[i];
         float* out = x.data + i * d;
@@ -87,7 +89,7 @@ class CpuBackend final : public Backend {
   }
 
   void qkv(const Config& c, const LayerWeights& w, const Rows& rows, const Buffer& x, Buffer& q) override {
-    const int64_t n = rows.n, E = c.head_dim, half = E / 2;
+    const int64_t n = rows.n, E = c.head_dim;
     grow(k_, n * c.num_kv_heads * E);
     grow(v_, n * c.num_kv_heads * E);
     normed(c, *w.attn_norm, {w.q.get(), w.k.get(), w.v.get()}, n, x);
@@ -95,18 +97,13 @@ class CpuBackend final : public Backend {
            {{&cpu(*w.q), q.data, c.num_heads * E},
             {&cpu(*w.k), k_.data(), c.num_kv_heads * E},
             {&cpu(*w.v), v_.data(), c.num_kv_heads * E}});
-    const RopeTable& rope = rope_table(w.rope_base, w.rope_scale, E);
-    pool_.parallel_for(n, 2, [&](int64_t begin, int64_t end, int) {
-      size_t s = 0;
-      for (int64_t r = begin; r < end; ++r) {
-        while (r >= rows.spans[s].row + rows.spans[s].count) ++s;
-        rotate_and_store(c, w, rows.spans[s], r, rope, half, q.data);
-      }
-    });
+    unrotated_ = {&w, &rows};
+    if (!one_each(rows)) rotate_and_store(c, q.data);
   }
 
   bool keep_rows(const Config& c, const std::vector<int64_t>& pick, Buffer& x, Buffer& q) override {
     const int64_t d = c.hidden_size, h = c.num_heads * c.head_dim;
+    rotate_and_store(c, q.data);
     for (int64_t i = 0; i < static_cast<int64_t>(pick.size()); ++i) {
       std::memmove(x.data + i * d, x.data + pick[i] * d, d * sizeof(float));
       std::memmove(q.data + i * h, q.data + pick[i] * h, h * sizeof(float));
@@ -114,9 +111,10 @@ class CpuBackend final : public Backend {
     return true;
   }
 
+  // Leaves what it finds as activations too, for project_add.
   void attention(const Config& c, const LayerWeights& w, const Rows& rows, const Buffer& q, Buffer& out) override {
     std::vector<Tile> tiles;
-    const int64_t per_group = c.num_heads / c.num_kv_heads;
+    const int64_t per_group = c.num_heads / c.num_kv_heads, width = c.num_heads * c.head_dim;
     int64_t most_blocks = 0;
     for (const Span& s : rows.spans)
       for (int64_t g = 0; g < c.num_kv_heads; ++g)
@@ -134,52 +132,49 @@ class CpuBackend final : public Backend {
         }
     const int64_t e = (c.head_dim + 31) / 32 * 32;
     const int64_t count = static_cast<int64_t>(tiles.size());
-    if (count >= 2 * pool_.size() || pool_.size() == 1 || most_blocks < 4) {
-      pool_.parallel_for(count, 1, [&](int64_t begin, int64_t end, int) {
+    const auto attend = [&](int64_t i, bool more, float* block) {
+      const Tile& t = tiles[i];
+      TileState state(e);
+      float rows_q[kQueryRows * kMaxHeadDim];
+      load_queries(c, t, q.data, e, rows_q);
+      const void* after = more && i + 1 < count ? first_keys(w, tiles[i + 1]) : nullptr;
+      for (int64_t b = t.first_block; b < t.end_block; ++b) {
+        Part part = attend_block(c, w, t, rows_q, e, b, after, block);
+        state.fold(kernels_, part, t.rows, block, e);
+      }
+      finish(c, t, state, e, out.data);
+    };
+    const bool tile_by_tile = count >= 2 * pool_.size() || pool_.size() == 1 || most_blocks < 4;
+    if (tile_by_tile && one_each(rows)) {
+      // A thread takes a row from its projections to the next product's activations, and nobody waits in between.
+      const Unrotated left = std::exchange(unrotated_, {});
+      if (left.w) rope_table(w.rope_base, w.rope_scale, c.head_dim);
+      acts_.reserve(kernels_, {w.o.get()}, rows.n, width);
+      const int64_t each = count / rows.n;  // tiles of a row
+      pool_.parallel_for(rows.n, 1, [&](int64_t begin, int64_t end, int thread) {
         std::vector<float> block(kQueryRows * e);
-        for (int64_t i = begin; i < end; ++i) {
-          TileState state(e);
-          float rows_q[kQueryRows * kMaxHeadDim];
-          load_queries(c, tiles[i], q.data, e, rows_q);
-          for (int64_t b = tiles[i].first_block; b < tiles[i].end_block; ++b) {
-            Part part = attend_block(c, w, tiles[i], rows_q, e, b, block.data());
-            state.fold(kernels_, part, tiles[i].rows, block.data(), e);
-          }
-          finish(c, tiles[i], state, e, out.data);
+        for (int64_t r = begin; r < end; ++r) {
+          if (left.w) rotate_and_store(c, w, rows.spans[r], r, q.data);
+          const bool more = r + 1 < end || pool_.has_more(thread);
+          for (int64_t i = r * each; i < (r + 1) * each; ++i) attend(i, more || i + 1 < (r + 1) * each, block.data());
+          acts_.put(kernels_, 0, width, r, 1, out.data + r * width, width);
         }
       });
       return;
     }
-    // Few rows over many keys: blocks are computed by any thread and joined in order afterwards, with the same bits.
-    grow(partial_, count * most_blocks * kQueryRows * e);
-    std::vector<Part> parts(count * most_blocks);
-    std::vector<float> queries(count * kQueryRows * e);
-    for (int64_t i = 0; i < count; ++i) load_queries(c, tiles[i], q.data, e, queries.data() + i * kQueryRows * e);
-    // Runs of blocks, since each call fetches the next block's keys.
-    const int64_t run = std::clamp<int64_t>(count * most_blocks / (4 * pool_.size()), 1, 8);
-    pool_.parallel_for(count * most_blocks, run, [&](int64_t begin, int64_t end, int) {
-      for (int64_t j = begin; j < end; ++j) {
-        const Tile& t = tiles[j / most_blocks];
-        const int64_t b = t.first_block + j % most_blocks;
-        if (b < t.end_block)
-          parts[j] = attend_block(c, w, t, queries.data() + j / most_blocks * kQueryRows * e, e, b,
-                                  partial_.data() + j * kQueryRows * e);
-      }
-    });
-    for (int64_t i = 0; i < count; ++i) {
-      TileState state(e);
-      for (int64_t b = 0; b < tiles[i].end_block - tiles[i].first_block; ++b) {
-        const int64_t j = i * most_blocks + b;
-        state.fold(kernels_, parts[j], tiles[i].rows, partial_.data() + j * kQueryRows * e, e);
-      }
-      finish(c, tiles[i], state, e, out.data);
+    rotate_and_store(c, q.data);
+    if (tile_by_tile) {
+      pool_.parallel_for(count, 1, [&](int64_t begin, int64_t end, int) {
+        std::vector<float> block(kQueryRows * e);
+        for (int64_t i = begin; i < end; ++i) attend(i, i + 1 < end, block.data());
+      });
+    } else {
+      attend_in_parts(c, w, tiles, most_blocks, q, out);
     }
+    acts_.prepare(kernels_, pool_, {w.o.get()}, rows.n, width, [&](int64_t i, float*) { return out.data + i * width; });
   }
 
-  void project_add(const Config& c, const LayerWeights& w, const Rows& rows, const Buffer& attended,
-                   Buffer& x) override {
-    const int64_t k = w.o->cols;
-    acts_.prepare(kernels_, pool_, {w.o.get()}, rows.n, k, [&](int64_t i, float*) { return attended.data + i * k; });
+  void project_add(const Config& c, const LayerWeights& w, const Rows&, const Buffer&, Buffer& x) override {
     product_add(c, *w.o, acts_, w.post_attn_norm.get(), x);
   }
 
@@ -239,7 +234,7 @@ class CpuBackend final : public Backend {
     const int64_t n = static_cast<int64_t>(panels.size()) * kPanel;
     grow(y_, m * n);
     matmul_panels(kernels_, pool_, acts_, cpu(head), panels, y_.data());
-    scan_.check(panels, m, head.rows, y_.data());
+    scan_.check(pool_, panels, m, head.rows, y_.data());
     pool_.parallel_for(m, 1, [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) {
         float* row = y_.data() + i * n;
@@ -297,25 +292,33 @@ class CpuBackend final : public Backend {
   void normed(const Config& c, const Buffer& norm, const std::vector<const Matrix*>& weights, int64_t n,
               const Buffer& x, const int64_t* pick = nullptr) {
     const int64_t d = c.hidden_size;
+    if (pick) add_normed(c, x);
+    const Buffer* post_norm = std::exchange(post_norm_, nullptr);
     acts_.prepare(kernels_, pool_, weights, n, d, [&](int64_t i, float* scratch) {
+      if (post_norm) add_normed(c, *post_norm, i, x);
       kernels_.rms_norm(x.data + (pick ? pick[i] : i) * d, norm.data, d, c.rms_norm_eps, scratch);
       return scratch;
     });
   }
 
-  // x += post_norm(W in)
-  void product_add(const Config& c, const Matrix& w, const Activations& in, const Buffer* post_norm, Buffer& x) {
-    const int64_t n = in.n, d = w.rows;
-    if (!post_norm) return matmul(kernels_, pool_, in, {{&cpu(w), x.data, d, true}});
-    grow(y_, n * d);
-    matmul(kernels_, pool_, in, {{&cpu(w), y_.data(), d}});
-    pool_.parallel_for(n, 4, [&](int64_t begin, int64_t end, int) {
-      for (int64_t i = begin; i < end; ++i) {
-        float* y = y_.data() + i * d;
-        kernels_.rms_norm(y, post_norm->data, d, c.rms_norm_eps, y);
-        kernels_.add(x.data + i * d, y, d);
-      }
-    });
+  // x += post_norm(W in), which is left to whoever norms x next: that row by row too.
+  void product_add(const Config&, const Matrix& w, const Activations& in, const Buffer* post_norm, Buffer& x) {
+    if (!post_norm) return matmul(kernels_, pool_, in, {{&cpu(w), x.data, w.rows, true}});
+    added_ = in.n;
+    grow(y_, in.n * w.rows);
+    matmul(kernels_, pool_, in, {{&cpu(w), y_.data(), w.rows}});
+    post_norm_ = post_norm;
+  }
+  void add_normed(const Config& c, const Buffer& post_norm, int64_t i, const Buffer& x) {
+    float* y = y_.data() + i * c.hidden_size;
+    kernels_.rms_norm(y, post_norm.data, c.hidden_size, c.rms_norm_eps, y);
+    kernels_.add(x.data + i * c.hidden_size, y, c.hidden_size);
+  }
+  void add_normed(const Config& c, const Buffer& x) {
+    if (const Buffer* post_norm = std::exchange(post_norm_, nullptr))
+      pool_.parallel_for(added_, 2, [&](int64_t begin, int64_t end, int) {
+        for (int64_t i = begin; i < end; ++i) add_normed(c, *post_norm, i, x);
+      });
   }
 
   // Angles in float32 as transformers has them: position * base^(-2i/E) / scale.
@@ -326,7 +329,7 @@ class CpuBackend final : public Backend {
     ropes_.push_back({base, scale, std::vector<float>(n * half), std::vector<float>(n * half)});
     RopeTable& t = ropes_.back();
     const std::vector<float> frequency = rope_frequencies(base, scale, E);
-    pool_.parallel_for(n, 8, [&](int64_t begin, int64_t end, int) {
+    pool_.parallel_for(n, 2, [&](int64_t begin, int64_t end, int) {
       for (int64_t r = begin; r < end; ++r)
         for (int64_t i = 0; i < half; ++i) {
           const float angle = static_cast<float>(positions_[r]) * frequency[i];
@@ -337,9 +340,27 @@ class CpuBackend final : public Backend {
     return t;
   }
 
-  void rotate_and_store(const Config& c, const LayerWeights& w, const Span& s, int64_t r, const RopeTable& rope,
-                        int64_t half, float* q) {
-    const int64_t E = c.head_dim;
+  // Whether every row is a sequence of its own.
+  static bool one_each(const Rows& rows) { return static_cast<int64_t>(rows.spans.size()) == rows.n; }
+
+  // What qkv has left to do, all rows of it.
+  void rotate_and_store(const Config& c, float* q) {
+    const Unrotated left = std::exchange(unrotated_, {});
+    if (!left.w) return;
+    rope_table(left.w->rope_base, left.w->rope_scale, c.head_dim);
+    pool_.parallel_for(left.rows->n, 2, [&](int64_t begin, int64_t end, int) {
+      auto span = left.rows->spans.begin();
+      for (int64_t r = begin; r < end; ++r) {
+        while (r >= span->row + span->count) ++span;
+        rotate_and_store(c, *left.w, *span, r, q);
+      }
+    });
+  }
+
+  // One row's queries and keys, with the table that rope_table has made.
+  void rotate_and_store(const Config& c, const LayerWeights& w, const Span& s, int64_t r, float* q) {
+    const int64_t E = c.head_dim, half = E / 2;
+    const RopeTable& rope = rope_table(w.rope_base, w.rope_scale, E);
     const float *cos = &rope.cos[r * half], *sin = &rope.sin[r * half];
     for (int64_t h = 0; h < c.num_heads; ++h) {
       float* x = q + (r * c.num_heads + h) * E;
@@ -354,6 +375,35 @@ class CpuBackend final : public Backend {
     }
   }
 
+  // Few rows over many keys: blocks are computed by any thread and joined in order afterwards, with the same bits.
+  void attend_in_parts(const Config& c, const LayerWeights& w, const std::vector<Tile>& tiles, int64_t most_blocks,
+                       const Buffer& q, Buffer& out) {
+    const int64_t count = static_cast<int64_t>(tiles.size()), e = (c.head_dim + 31) / 32 * 32;
+    grow(partial_, count * most_blocks * kQueryRows * e);
+    std::vector<Part> parts(count * most_blocks);
+    std::vector<float> queries(count * kQueryRows * e);
+    for (int64_t i = 0; i < count; ++i) load_queries(c, tiles[i], q.data, e, queries.data() + i * kQueryRows * e);
+    // Runs of blocks, since each call fetches the next block's keys.
+    const int64_t run = std::clamp<int64_t>(count * most_blocks / (4 * pool_.size()), 1, 8);
+    pool_.parallel_for(count * most_blocks, run, [&](int64_t begin, int64_t end, int) {
+      for (int64_t j = begin; j < end; ++j) {
+        const Tile& t = tiles[j / most_blocks];
+        const int64_t b = t.first_block + j % most_blocks;
+        if (b < t.end_block)
+          parts[j] = attend_block(c, w, t, queries.data() + j / most_blocks * kQueryRows * e, e, b, nullptr,
+                                  partial_.data() + j * kQueryRows * e);
+      }
+    });
+    for (int64_t i = 0; i < count; ++i) {
+      TileState state(e);
+      for (int64_t b = 0; b < tiles[i].end_block - tiles[i].first_block; ++b) {
+        const int64_t j = i * most_blocks + b;
+        state.fold(kernels_, parts[j], tiles[i].rows, partial_.data() + j * kQueryRows * e, e);
+      }
+      finish(c, tiles[i], state, e, out.data);
+    }
+  }
+
   static void load_queries(const Config& c, const Tile& t, const float* q, int64_t e, float* out) {
     const int64_t E = c.head_dim, per_group = c.num_heads / c.num_kv_heads;
     for (int r = 0; r < t.rows; ++r) {
@@ -363,8 +413,13 @@ class CpuBackend final : public Backend {
     }
   }
 
+  static const void* first_keys(const LayerWeights& w, const Tile& t) {
+    return static_cast<const CpuKv&>(*t.span->kv).keys(w.index, t.group, t.first_block);
+  }
+
+  // `after`: keys that are wanted after the tile's last block, or null.
   Part attend_block(const Config& c, const LayerWeights& w, const Tile& t, const float* q, int64_t e, int64_t b,
-                    float* out) {
+                    const void* after, float* out) {
     const auto& kv = static_cast<const CpuKv&>(*t.span->kv);
     const int64_t per_group = c.num_heads / c.num_kv_heads;
     Part part;
@@ -376,7 +431,7 @@ class CpuBackend final : public Backend {
       hi[r] = static_cast<int>(std::clamp<int64_t>(position + 1 - b * kKeyBlock, 0, kKeyBlock));
       part.seen[r] = lo[r] < hi[r];
     }
-    const void* next = b + 1 < t.end_block ? kv.keys(w.index, t.group, b + 1) : nullptr;
+    const void* next = b + 1 < t.end_block ? kv.keys(w.index, t.group, b + 1) : after;
     kernels_.attend(kv.f32(), q, t.rows, e, kv.keys(w.index, t.group, b), kv.values(w.index, t.group, b), next, lo, hi,
                     c.attn_softcap, part.max, part.sum, out);
     return part;
@@ -397,6 +452,13 @@ class CpuBackend final : public Backend {
   std::vector<int64_t> positions_;  // of the pass's rows
   std::vector<RopeTable> ropes_;
   std::vector<float> k_, v_, y_, partial_;
+  // Work that waits for the next operation on the same rows, see product_add and qkv.
+  const Buffer* post_norm_ = nullptr;  // to be applied to `added_` rows of y_ and added to x
+  int64_t added_ = 0;
+  struct Unrotated {
+    const LayerWeights* w = nullptr;
+    const Rows* rows = nullptr;
+  } unrotated_;
 };
 
 }  // namespace

@@ -1,7 +1,9 @@
 #include "head.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <numeric>
 
@@ -13,80 +15,91 @@ namespace gemma {
 namespace {
 
 constexpr float kSigmas = 8;
-constexpr float kMeanSquare = 128 * 128 / 3.0f;  // of values of Q8_0, all equally likely
-constexpr int64_t kMostBest = 40;                // beyond, survivors stand in most panels
-constexpr float kUnsaturated = 4;                // softcaps up to which different products stay different logits
+constexpr int64_t kMostBest = 40;  // beyond, survivors stand in most panels
+constexpr float kUnsaturated = 4;  // softcaps up to which different products stay different logits
 
-// What the high bits leave open: `steps` equally likely values, `middle` being theirs with a weight's offset taken off.
+// What the high bits leave open: `steps` equally likely values. Weights go from -offset to offset - 1.
 struct LowBits {
-  float steps, middle;
+  float steps, offset;
   bool halves;  // of a block have scales of their own
   // Up to so many rows of activations, and so large a share of the panels left, reading less is worth computing more.
   int64_t most_rows;
   float most_left;
-  float variance() const { return (steps * steps - 1) / 12; }
+  // Of the sum over 16 values of their products with weights: of the low bits times values whose squares add up to `square`, and of weights,
+  // taken for equally likely too, times the rounding of the values.
+  float variance(float square) const { return (steps * steps - 1) / 12 * square + 16 * offset * offset / 3 / 12; }
 };
 LowBits low_bits(DType type) {  // Q8_0 or Q6_K
-  return type == DType::Q6_K ? LowBits{4, 1.5f - 32, true, 2, 0.25f} : LowBits{16, 7.5f - 128, false, 8, 0.33f};
+  return type == DType::Q6_K ? LowBits{4, 32, true, 8, 0.25f} : LowBits{16, 128, false, 8, 0.33f};
 }
 
-// Activations as the scan takes them: one scale a block for weights that have one, which saves a quarter of what follows the products of
-// bytes. For that the half with the smaller values is rounded once more.
+// Activations as the scan takes them: a block's scale is the row's over a power of two, which costs kernels nothing. For that values are
+// rounded once more.
 struct ScanActs {
   std::vector<int8_t> q;  // as in QuantActs
-  std::vector<ScanScale> scales;
+  std::vector<ScanScale> blocks;
+  std::vector<float> scale;  // of each row's estimates and margins
 };
 
 ScanActs scan_acts(const LowBits& low, const QuantActs& a, int64_t blocks) {
   const int64_t count = blocks * a.rows;
-  ScanActs out{std::vector<int8_t>(a.q, a.q + count * kBlock), std::vector<ScanScale>(count)};
+  ScanActs out{std::vector<int8_t>(count * kBlock), std::vector<ScanScale>(count), std::vector<float>(a.rows)};
+  // A row that is not a number will not find a bar.
+  const auto largest = [&](int64_t i) {
+    const float d = std::max(a.scale[i].d[0], a.scale[i].d[1]);
+    return std::isfinite(d) ? d : 0;
+  };
+  for (int64_t i = 0; i < count; ++i) out.scale[i % a.rows] = std::max(out.scale[i % a.rows], largest(i));
   for (int64_t i = 0; i < count; ++i) {
-    float d[2] = {a.scale[i].d[0], a.scale[i].d[1]}, rounding = 0;
-    int8_t* q = out.q.data() + i * kBlock;
-    if (!low.halves && (d[0] < d[1] || d[1] < d[0])) {
-      const int smaller = d[0] < d[1] ? 0 : 1;
-      const float ratio = d[smaller] / d[1 - smaller];
-      for (int j = 16 * smaller; j < 16 * smaller + 16; ++j)
-        q[j] = static_cast<int8_t>(std::lrint(static_cast<float>(q[j]) * ratio));
-      d[smaller] = d[1 - smaller];
-      rounding = 16 * kMeanSquare / 12;
-    }
-    ScanScale& s = out.scales[i];
+    float power = 1, unit = out.scale[i % a.rows];  // unit: the row's scale times power
+    for (; unit > 2 * largest(i) && power > 1e-9f; unit /= 2) power /= 2;
+    ScanScale& s = out.blocks[i];
     s = {};
+    s.zero = 1.5f * (1 << 23) * power;
+    float start[2] = {};
     for (int h = 0; h < 2; ++h) {
+      const float by = largest(i) > 0 ? a.scale[i].d[h] / unit : 0;
       int32_t sum = 0, square = 0;
-      for (int j = 16 * h; j < 16 * h + 16; ++j) {
-        sum += q[j];
-        square += q[j] * q[j];
+      for (int64_t j = i * kBlock + 16 * h; j < i * kBlock + 16 * h + 16; ++j) {
+        const int32_t q = static_cast<int32_t>(static_cast<float>(a.q[j]) * by + 128.5f) - 128;  // rounded
+        out.q[j] = static_cast<int8_t>(q);
+        sum += q;
+        square += q * q;
       }
       const int to = low.halves ? h : 0;
-      s.d[h] = low.steps * d[h];
-      s.offset[to] += low.middle * d[h] * static_cast<float>(sum);
+      start[to] += ((low.steps - 1) / 2 - low.offset) / low.steps * static_cast<float>(sum);
       s.energy[to] +=
-          kSigmas * kSigmas * d[h] * d[h] * (low.variance() * static_cast<float>(square) + (h ? 0 : rounding));
+          kSigmas * kSigmas * power * power * low.variance(static_cast<float>(square)) / (low.steps * low.steps);
     }
+    std::memcpy(&s.begin[0], &s.zero, sizeof(float));
+    s.begin[1] = s.begin[0] + static_cast<int32_t>(std::lrint(start[1]));
+    s.begin[0] += static_cast<int32_t>(std::lrint(start[0]));
   }
+  for (float& d : out.scale) d *= low.steps;
   return out;
 }
 
 }  // namespace
 
-HeadBounds head_bounds(const Kernels& kernels, ThreadPool& pool, const Activations& x, const CpuMatrix& head,
-                       const std::vector<uint32_t>& apart) {
+void head_bounds(const Kernels& kernels, ThreadPool& pool, const Activations& x, const CpuMatrix& head,
+                 const std::vector<uint32_t>& apart, HeadBounds& bounds) {
   const int64_t total = static_cast<int64_t>(apart.size());
   const QuantActs acts = x.chunk(0);
   const ScanActs scan = scan_acts(low_bits(head.type), acts, x.blocks());
-  HeadBounds bounds{std::vector<float>(x.n * total), std::vector<float>(x.n * total)};
+  bounds.low.resize(x.n * total);
+  bounds.high.resize(x.n * total);
   const int64_t grain = std::max<int64_t>(1, (128 << 10) * total / static_cast<int64_t>(head.bytes));
   pool.parallel_for(total, grain, [&](int64_t begin, int64_t end, int) {
     for (int64_t p = begin; p < end; ++p) {
       const int64_t rows = head.rows - p * kPanel;
       const uint32_t padding = rows < kPanel ? ~0u << rows : 0;
-      kernels.scan(head.type, head.tiled_panel(p).units, x.blocks(), scan.q.data(), scan.scales.data(), acts.rows,
+      kernels.scan(head.type, head.tiled_panel(p).units, x.blocks(), scan.q.data(), scan.blocks.data(), acts.rows,
                    apart[p] | padding, &bounds.low[p], &bounds.high[p], total);
     }
+    for (int r = 0; r < acts.rows; ++r)
+      for (float* bound : {bounds.low.data() + r * total, bounds.high.data() + r * total})
+        for (int64_t p = begin; p < end; ++p) bound[p] *= scan.scale[r];
   });
-  return bounds;
 }
 
 std::vector<float> HeadScan::bars(const Kernels& kernels, ThreadPool& pool, const Activations& x, const CpuMatrix& head,
@@ -124,47 +137,58 @@ std::vector<int64_t> HeadScan::reachable(const Kernels& kernels, ThreadPool& poo
                                          const CpuMatrix& head, int64_t k, const std::vector<int32_t>& also,
                                          float softcap) {
   const int64_t total = (head.rows + kPanel - 1) / kPanel;
-  std::vector<int64_t> all(total);
-  std::iota(all.begin(), all.end(), 0);
+  const auto all = [&] {
+    std::vector<int64_t> panels(total);
+    std::iota(panels.begin(), panels.end(), 0);
+    return panels;
+  };
   const int64_t listed = static_cast<int64_t>(also.size());
   const LowBits low = low_bits(head.type);
-  bounds_ = {};
+  bounded_ = false;
   if (encoding(head.type).low_bytes == 0 || k > kMostBest || x.n > low.most_rows || total < 8 * (k + listed) || broken_)
-    return all;
+    return all();
   if (pause_ > 0) {
     --pause_;
-    return all;
+    return all();
   }
 
   apart_.assign(total, 0);  // what `also` lists is no measure for the other rows
   for (int32_t id : also) apart_[id / kPanel] |= 1u << id % kPanel;
-  bounds_ = head_bounds(kernels, pool, x, head, apart_);
-  if (!checked_) return all;
+  head_bounds(kernels, pool, x, head, apart_, bounds_);
+  bounded_ = true;
+  if (!checked_) return all();
 
+  std::vector<uint8_t> in(total);
+  for (int64_t p = 0; p < total; ++p) in[p] = apart_[p] != 0;
   const std::vector<float> bar = bars(kernels, pool, x, head, k);
-  for (float b : bar)
-    if (!std::isfinite(b) || (softcap > 0 && b > kUnsaturated * softcap)) return all;
-  std::vector<int64_t> reachable;
-  for (int64_t p = 0; p < total; ++p) {
-    bool in = apart_[p] != 0;
-    for (int64_t i = 0; i < x.n; ++i) in |= bounds_.high[i * total + p] >= bar[i];
-    if (in) reachable.push_back(p);
+  for (int64_t i = 0; i < x.n; ++i) {
+    if (!std::isfinite(bar[i]) || (softcap > 0 && bar[i] > kUnsaturated * softcap)) return all();
+    const float* high = bounds_.high.data() + i * total;
+    for (int64_t p = 0; p < total; ++p) in[p] |= static_cast<uint8_t>(high[p] >= bar[i]);
   }
+  std::vector<int64_t> reachable;
+  for (int64_t p = 0; p < total; ++p)
+    if (in[p]) reachable.push_back(p);
   const bool paid = static_cast<float>(reachable.size()) < low.most_left * static_cast<float>(total);
   if (!paid) pause_ = next_pause_;
   next_pause_ = paid ? 1 : std::min(64, 2 * next_pause_);
   return reachable;
 }
 
-void HeadScan::check(const std::vector<int64_t>& panels, int64_t n, int64_t vocab, const float* y) {
-  if (bounds_.low.empty()) return;
-  const int64_t total = static_cast<int64_t>(apart_.size());
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t p : panels) {
-      const float best = *std::max_element(y, y + std::min<int64_t>(kPanel, vocab - p * kPanel));
-      y += kPanel;
-      if (!apart_[p] && (best < bounds_.low[i * total + p] || best > bounds_.high[i * total + p])) broken_ = true;
-    }
+void HeadScan::check(ThreadPool& pool, const std::vector<int64_t>& panels, int64_t n, int64_t vocab, const float* y) {
+  if (!bounded_) return;
+  const int64_t total = static_cast<int64_t>(apart_.size()), count = static_cast<int64_t>(panels.size());
+  std::atomic<bool> broken{broken_};
+  pool.parallel_for(n, 1, [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t j = 0; j < count; ++j) {
+        const int64_t p = panels[j];
+        const float* row = y + (i * count + j) * kPanel;
+        const float best = *std::max_element(row, row + std::min<int64_t>(kPanel, vocab - p * kPanel));
+        if (!apart_[p] && (best < bounds_.low[i * total + p] || best > bounds_.high[i * total + p])) broken = true;
+      }
+  });
+  broken_ = broken;
   checked_ = true;
 }
 

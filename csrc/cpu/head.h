@@ -16,8 +16,8 @@ struct HeadBounds {
 };
 // apart[panel]: a bit for each of its rows that does not count. x: one chunk of rows at most.
 static_assert(kPanel == 32, "a bit a row");
-HeadBounds head_bounds(const Kernels& kernels, ThreadPool& pool, const Activations& x, const CpuMatrix& head,
-                       const std::vector<uint32_t>& apart);
+void head_bounds(const Kernels& kernels, ThreadPool& pool, const Activations& x, const CpuMatrix& head,
+                 const std::vector<uint32_t>& apart, HeadBounds& bounds);
 
 // Rules out what it can of a vocabulary. The high bits of a panel of Q8_0 or Q6_K give every product to within a residual whose standard
 // deviation sigma follows from the scales and the activations; a row more than 8 sigma below the k-th best product of the panels that
@@ -32,16 +32,16 @@ class HeadScan {
   std::vector<int64_t> reachable(const Kernels& kernels, ThreadPool& pool, const Activations& x, const CpuMatrix& head,
                                  int64_t k, const std::vector<int32_t>& also, float softcap);
   // What matmul_panels made of the last call's panels, for n rows of x.
-  void check(const std::vector<int64_t>& panels, int64_t n, int64_t vocab, const float* y);
+  void check(ThreadPool& pool, const std::vector<int64_t>& panels, int64_t n, int64_t vocab, const float* y);
 
  private:
   // For each row of x a product that k rows of the head reach, in panels of their own.
   std::vector<float> bars(const Kernels& kernels, ThreadPool& pool, const Activations& x, const CpuMatrix& head,
                           int64_t k) const;
 
-  HeadBounds bounds_;  // of the last call; empty where it made none
+  HeadBounds bounds_;  // of the last call, if `bounded_`
   std::vector<uint32_t> apart_;
-  bool checked_ = false, broken_ = false;
+  bool bounded_ = false, checked_ = false, broken_ = false;
   int pause_ = 0, next_pause_ = 1;  // calls to leave out: a text whose next token is open stays so for a while
 };
 

@@ -46,11 +46,12 @@ struct TiledPanel {
 enum class Packed { kNothing, kFirst, kAll };
 
 // One block of an activation row for the scan of a head by the high bits h of its values: d_w being the weight row's scale, the
-// block adds d_w (d[0] h . q + offset[0]) to the estimate and d_w^2 energy[0] to the margin's square. With a scale for either half (Q6_K),
-// each half adds its own.
+// block adds d_w 2^-k (h . q + start) to the estimate and d_w^2 energy to the margin's square. With a scale for either half (Q6_K),
+// each half adds its own. The integer sum begins with `begin`, the bits of `zero` = 1.5 * 2^(23-k) plus the start: as a float it is then
+// zero + 2^-k (h . q + start) exactly, which takes neither a conversion nor a product with a scale.
 struct ScanScale {
-  float d[2];
-  float offset[2];
+  int32_t begin[2];
+  float zero;
   float energy[2];
 };
 

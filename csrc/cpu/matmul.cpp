@@ -82,7 +82,7 @@ void Activations::prepare(const Kernels& kernels, ThreadPool& pool, const std::v
   scratch_.resize(pool.size());
   for (auto& s : scratch_)
     if (static_cast<int64_t>(s.size()) < k) s.resize(k);
-  const int64_t grain = std::max<int64_t>(1, 2560 / std::max<int64_t>(1, k));
+  const int64_t grain = std::max<int64_t>(1, 1280 / std::max<int64_t>(1, k));
   pool.parallel_for(n, grain, [&](int64_t begin, int64_t end, int thread) {
     for (int64_t i = begin; i < end; ++i) put(kernels, 0, k, i, 1, get(i, scratch_[thread].data()), k);
   });

@@ -1,13 +1,19 @@
 // The scan of a head by the high bits of its values, see head.h. Part of kernels-inl.h.
 #pragma once
 
+#include <type_traits>
+
 #include "products-inl.h"
 
 namespace gemma {
 namespace GEMMA_ISA {
 
-GEMMA_INLINE F scan_sum(I dot, const ScanScale& s, int sub) {
-  return V::fma(V::to_float(dot), V::set(s.d[sub]), V::set(s.offset[sub]));
+// What an integer sum that began with one of s.begin adds to the estimate.
+GEMMA_INLINE F scan_sum(I dot, const ScanScale& s) { return V::sub(V::as_float(dot), V::set(s.zero)); }
+// -1 is no offset of weights: the sum begins with what is given as that of q.
+template <int N>
+GEMMA_INLINE I scan_dot(const B* w, const int8_t* q, int32_t begin) {
+  return V::template dot<4, -1, N>(w, q, begin);
 }
 
 template <int G, int N = 8>
@@ -36,11 +42,48 @@ struct ScanSums {
       for (int sub = 0; sub < Q::kSubs; ++sub) {
         F& e = estimate[HELD - 1][i];
         F& m = margin[HELD - 1][i];
-        e = V::fma(scale[sub], scan_sum(V::template dot<4, 0, kSteps>(w + sub * kSteps, q + sub * 16, 0), *s, sub), e);
+        e = V::fma(scale[sub], scan_sum(scan_dot<kSteps>(w + sub * kSteps, q + sub * 16, s->begin[sub]), *s), e);
         m = V::fma(square[sub], V::set(s->energy[sub]), m);
       }
   }
 };
+
+// The same for two to four rows where a panel is two groups, whose sums all fit the registers if the weights meet them vector by vector.
+template <class Vec, class Q, int R>
+struct ScanFew {
+  static constexpr int kAtOnce = 2, kSteps = 8 / Q::kSubs;
+  F estimate[2][R], margin[2][R];
+
+  template <int N>
+  static GEMMA_INLINE void meet(const uint8_t* plane, const int8_t* q, I (*dot)[R]) {
+    const B w[2] = {load_4bit<0, N>(plane), load_4bit<1, N>(plane)};
+    for (int i = 0; i < R; ++i) {
+      const B x = Vec::bytes4(q + i * kBlock + 4 * N);
+      for (int g = 0; g < 2; ++g) dot[g][i] = Vec::add_dot(dot[g][i], w[g], x);
+    }
+    if constexpr ((N + 1) % kSteps != 0) meet<N + 1>(plane, q, dot);
+  }
+  template <int, int SUB = 0>
+  GEMMA_INLINE void step(const uint8_t* unit, int j, const int8_t* q, const ScanScale* s) {
+    I dot[2][R];
+    for (int i = 0; i < R; ++i) dot[0][i] = dot[1][i] = V::set_i(s[i].begin[SUB]);
+    meet<SUB * kSteps>(Q::high(unit, j), q, dot);
+    F scale[2][Q::kSubs], none;
+    Q::template scales<0>(unit, j, scale[0], none);
+    Q::template scales<1>(unit, j, scale[1], none);
+    for (int g = 0; g < 2; ++g) {
+      const F d = scale[g][SUB], square = V::mul(d, d);
+      for (int i = 0; i < R; ++i) {
+        estimate[g][i] = V::fma(d, scan_sum(dot[g][i], s[i]), estimate[g][i]);
+        margin[g][i] = V::fma(square, V::set(s[i].energy[SUB]), margin[g][i]);
+      }
+    }
+    if constexpr (SUB + 1 < Q::kSubs) step<0, SUB + 1>(unit, j, q, s);
+  }
+};
+
+template <class Q, int R>
+using ScanOf = std::conditional_t<kGroups == 2 && (R > 1), ScanFew<V, Q, R>, ScanSums<Q, R>>;
 
 struct Scanned {
   const uint8_t* units;
@@ -72,7 +115,7 @@ GEMMA_INLINE void add_bounds(F estimate, F square, F out, F& low, F& high) {
 template <class Q, int R, int G = 0>
 GEMMA_INLINE void scan_groups(const Scanned& a, F* low, F* high) {
   constexpr int kBytes = Q::kUnit / Q::kUnitBlocks;
-  using Sums = ScanSums<Q, R>;
+  using Sums = ScanOf<Q, R>;
   Sums sums;
   for (int g = 0; g < Sums::kAtOnce; ++g)
     for (int i = 0; i < R; ++i) sums.estimate[g][i] = sums.margin[g][i] = V::zero();
@@ -107,7 +150,7 @@ void scan_panel(Scanned a, int left, float* low, float* high, int64_t ld) {
     if (left > 0) scan_panel<Q, R / 2>(a, left, low, high, ld);
 }
 
-// Four rows or more of Q8_0 where a panel is two groups, in the way of FourRows: an activation is broadcast once for both, and the sums lie
+// More rows of Q8_0 where a panel is two groups, in the way of FourRows: an activation is broadcast once for both, and the sums lie
 // in L1.
 template <class Vec>
 struct ScanFour : SumsInTile {
@@ -122,13 +165,13 @@ struct ScanFour : SumsInTile {
     w[1][N] = load_4bit<1, N>(plane);
     for (int i = 0; i < kFrom; ++i) {
       const B x = Vec::bytes4(q + i * kBlock + 4 * N);
-      for (int g = 0; g < 2; ++g) dot[i][g] = Vec::add_dot(N ? dot[i][g] : V::set_i(0), w[g][N], x);
+      for (int g = 0; g < 2; ++g) dot[i][g] = Vec::add_dot(dot[i][g], w[g][N], x);
     }
     if constexpr (N < 7) meet<N + 1>(plane, q);
   }
   GEMMA_INLINE void close(const I* dots, const ScanScale& s, float* estimate, float* margin) const {
     for (int g = 0; g < 2; ++g) {
-      V::store(estimate + g * W, V::fma(scale[g], scan_sum(dots[g], s, 0), V::load(estimate + g * W)));
+      V::store(estimate + g * W, V::fma(scale[g], scan_sum(dots[g], s), V::load(estimate + g * W)));
       V::store(margin + g * W, V::fma(square[g], V::set(s.energy[0]), V::load(margin + g * W)));
     }
   }
@@ -138,11 +181,12 @@ struct ScanFour : SumsInTile {
     EightBit::scales<0>(unit, 0, &scale[0], none);
     EightBit::scales<1>(unit, 0, &scale[1], none);
     for (int g = 0; g < 2; ++g) square[g] = V::mul(scale[g], scale[g]);
+    for (int i = 0; i < kFrom; ++i) dot[i][0] = dot[i][1] = V::set_i(s[i].begin[0]);
     meet(EightBit::high(unit, 0), q);
     for (int i = 0; i < kFrom; ++i) close(dot[i], s[i], estimate + i * kPanel, margin + i * kPanel);
     for (int i = kFrom; i < rows; ++i) {
       const int8_t* a = q + i * kBlock;
-      const I dots[2] = {V::template dot<4, 0, 8>(w[0], a, 0), V::template dot<4, 0, 8>(w[1], a, 0)};
+      const I dots[2] = {scan_dot<8>(w[0], a, s[i].begin[0]), scan_dot<8>(w[1], a, s[i].begin[0])};
       close(dots, s[i], estimate + i * kPanel, margin + i * kPanel);
     }
   }
@@ -174,8 +218,13 @@ void scan_four(const Scanned& a, float* low, float* high, int64_t ld) {
 template <class Q>
 void scan_rows(const Scanned& a, float* low, float* high, int64_t ld) {
   if constexpr (kGroups == 2 && Q::kSubs == 1)
-    if (a.rows >= ScanFour<V>::kFrom) return scan_four<V>(a, low, high, ld);
-  a.rows == 1 ? scan_panel<Q, 1>(a, 1, low, high, ld) : scan_panel<Q, 2>(a, a.rows, low, high, ld);
+    if (a.rows > 4) return scan_four<V>(a, low, high, ld);
+  if (a.rows == 1) return scan_panel<Q, 1>(a, 1, low, high, ld);
+  if constexpr (kGroups == 2) {
+    if (a.rows == 3) return scan_panel<Q, 3>(a, 3, low, high, ld);
+    if (a.rows >= 4) return scan_panel<Q, 4>(a, a.rows, low, high, ld);
+  }
+  scan_panel<Q, 2>(a, a.rows, low, high, ld);
 }
 
 void scan(DType type, const uint8_t* units, int64_t blocks, const int8_t* q, const ScanScale* scales, int rows,
