@@ -255,6 +255,21 @@ def test_long_sequences_run_past_the_ring(speck: Callable[..., Checkpoint], spec
         assert same(row, m.forward(tokens[:1], cache))
 
 
+def test_a_pass_cut_within_a_batch(speck_model: Any) -> None:
+    """A row each of 512 sequences, of which the last goes on in the next pass and is wanted only there."""
+    m = speck_model
+    prompt, pair = random_tokens(9, 3, 61), random_tokens(2, 4, 61)
+    begun = m.new_cache(16)
+    m.forward(prompt, begun)
+    alone = begun.clone()
+    expected = m.forward(pair, alone)
+    caches = [begun.clone() for _ in range(512)]
+    rows = m.forward_batch([pair[:1]] * 511 + [pair], caches)
+    assert same(rows[511], expected)
+    assert same(rows[:511], np.repeat(m.forward(pair[:1], begun.clone())[None], 511, 0))
+    assert same(m.forward(prompt[:1], caches[511]), m.forward(prompt[:1], alone))
+
+
 @pytest.mark.parametrize("window", [1, 2, 17, 63, 64, 65, 100])
 def test_window_edges(speck: Callable[..., Checkpoint], window: int) -> None:
     # Its only layer slides; with scores in [-1, 1] no key has a negligible weight.

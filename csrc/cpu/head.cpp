@@ -44,11 +44,8 @@ struct ScanActs {
 ScanActs scan_acts(const LowBits& low, const QuantActs& a, int64_t blocks) {
   const int64_t count = blocks * a.rows;
   ScanActs out{std::vector<int8_t>(count * kBlock), std::vector<ScanScale>(count), std::vector<float>(a.rows)};
-  // A row that is not a number will not find a bar.
-  const auto largest = [&](int64_t i) {
-    const float d = std::max(a.scale[i].d[0], a.scale[i].d[1]);
-    return std::isfinite(d) ? d : 0;
-  };
+  // NaN where the row is not a number, which comparisons leave out: it will not find a bar.
+  const auto largest = [&](int64_t i) { return std::max(a.scale[i].d[0], a.scale[i].d[1]); };
   for (int64_t i = 0; i < count; ++i) out.scale[i % a.rows] = std::max(out.scale[i % a.rows], largest(i));
   for (int64_t i = 0; i < count; ++i) {
     float power = 1, unit = out.scale[i % a.rows];  // unit: the row's scale times power
