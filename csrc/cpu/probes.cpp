@@ -4,7 +4,9 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
-#include <vector>
+#include <cstring>
+
+#include "memory.h"
 
 namespace gemma {
 
@@ -34,7 +36,8 @@ double peak(ThreadPool& pool, double (*run)(int64_t rounds)) {
 }  // namespace
 
 double read_bandwidth(const Kernels& kernels, ThreadPool& pool, size_t bytes) {
-  std::vector<uint8_t> memory(bytes, 1);
+  Memory memory(bytes);  // in the pages that weights get
+  std::memset(memory.data(), 1, bytes);
   const int64_t piece = 1 << 18, pieces = static_cast<int64_t>(bytes) / piece;
   double best = 0;
   std::atomic<uint32_t> sink{0};
