@@ -1,0 +1,39 @@
+"""How much memory a process has when a model is loaded and has answered: the weights, and little else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+MIB = 1 << 20
+
+# Prints what the process had at most, less what it had before, and what the weights take.
+LOAD = """
+import sys
+from gemma_native import _native
+from gemma_native.weights import open_checkpoint
+
+def resident(what):
+    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(what))
+
+before = resident("VmRSS")
+checkpoint = open_checkpoint(sys.argv[1])
+model = _native.Model(checkpoint.config, checkpoint.tensors, "cpu", threads=2, weights="int8", consumed=checkpoint.consumed)
+model.forward([5] * 300, model.new_cache())
+print(resident("VmHWM") - before, model.nbytes)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's figures of a process")
+def test_a_source_is_given_back_as_it_is_converted(tmp_path: Path) -> None:
+    """96 MiB of bf16 become 51 MiB of int8, and at no time are both there."""
+    folder = tiny.write_hf(tmp_path / "m", "gemma-mqa", hidden_size=512, intermediate_size=16384, num_hidden_layers=2)
+    run = subprocess.run([sys.executable, "-c", LOAD, str(folder)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    most, weights = map(int, run.stdout.split())
+    assert 50 * MIB < weights < 56 * MIB
+    assert most < weights + 48 * MIB, f"{most / MIB:.0f} MiB for {weights / MIB:.0f} MiB of weights"
