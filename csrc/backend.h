@@ -137,6 +137,8 @@ class Backend {
   // from the CPU, whose ceilings are in cpu/probes.h.
   virtual Ceilings ceilings(size_t, int64_t) { return {}; }
 
+  // The operations of a pass, in the order of model.cpp. A backend may leave x, q and the stores unfinished until the next operation on
+  // them.
   // x[N, D] = table[token] * scale
   virtual void embed(const Matrix& table, const Rows& rows, float scale, Buffer& x) = 0;
   // q[N, H, E] = rope(norm(W_q rmsnorm(x))) * query_scale; k and v go to the spans' stores.

@@ -69,7 +69,7 @@ std::vector<int64_t> test_reachable(const std::string& type, const py::buffer& d
       panels = scan.reachable(kernels(), pool, acts, w, k, also, softcap);
       std::vector<float> y(panels.size() * acts.n * kPanel);
       matmul_panels(kernels(), pool, acts, w, panels, y.data());
-      scan.check(pool, panels, acts.n, w.rows, y.data());
+      scan.check(pool, w, panels, acts.n, y.data());
     }
     return panels;
   });

@@ -262,8 +262,8 @@ def test_head_scan(name: str, rows: int, k: int, fine: bool) -> None:
         data = random_blocks(name, rows, k, rng)
     w = dequantize(name, data, rows, k)
     w /= w.std()
-    for trial in range(20):
-        m = trial // 2 % (8 if name == "Q8_0" else 2) + 1
+    for trial in range(24):
+        m = trial // 2 % 8 + 1
         x = rng.standard_normal((m, k)).astype(np.float32)
         x[:, rng.integers(k)] *= 30  # one large activation, as models have
         if trial % 2:
@@ -293,7 +293,10 @@ def scales_and_values(name: str, raw: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 @pytest.mark.parametrize("fine", [False, True])
 @pytest.mark.parametrize("name", BYTES_OF_D)
-@pytest.mark.parametrize(("rows", "k", "m"), [(75, 768, 1), (96, 2048, 7), (33, 256, 13)])
+@pytest.mark.parametrize(
+    ("rows", "k", "m"),
+    [(75, 768, 1), (33, 512, 2), (64, 256, 3), (33, 768, 4), (40, 512, 5), (96, 2048, 7), (33, 256, 13)],
+)
 def test_bounds_of_the_scan(name: str, rows: int, k: int, m: int, fine: bool) -> None:
     """The middle of what the high bits leave open, give or take 8 standard deviations; of the rows that count."""
     rng = np.random.default_rng(rows)
@@ -302,7 +305,8 @@ def test_bounds_of_the_scan(name: str, rows: int, k: int, m: int, fine: bool) ->
     blocks[31, 0, BYTES_OF_D[name]] = np.array([np.nan], np.float16).view(np.uint8)  # a row without a product
     scales, values = scales_and_values(name, blocks)
     steps, offset = (16, 128) if name == "Q8_0" else (4, 32)  # as many values share their high bits
-    x = (rng.standard_normal((m, k)) + 1.5).astype(np.float32)  # a sum far from zero shows where the middle is
+    x = rng.standard_normal((m, k)) + 1.5  # a sum far from zero shows where the middle is
+    x = (x.reshape(m, -1, 32) * np.exp2(rng.integers(-9, 1, (m, k // 32, 1)))).reshape(m, k).astype(np.float32)
     size = 16 if fine else 32
     d = np.abs(x).reshape(m, -1, size).max(-1) * np.float32(1 / 127)
     q = np.rint(quantized_activations(x, size).reshape(m, -1, size) / d[..., None])
@@ -317,9 +321,8 @@ def test_bounds_of_the_scan(name: str, rows: int, k: int, m: int, fine: bool) ->
     high = (values // steps).reshape(rows, -1, 16)
     dots = np.einsum("mbi,rbi->mrb", q, high).reshape(m, rows, -1, together).sum(-1) + start[:, None]
     middle = steps * (dots * unit[:, None, ::together] * scales[:, ::together]).sum(-1)
-    variance = (steps**2 - 1) / 12 * (q**2).sum(
-        -1
-    ) + 16 * offset**2 / 3 / 12  # of low bits; of weights, times roundings
+    # Of low bits; of weights, times roundings.
+    variance = (steps**2 - 1) / 12 * (q**2).sum(-1) + 16 * offset**2 / 3 / 12
     margin = 8 * np.sqrt((unit**2 * variance) @ (scales**2).T)
     apart = rng.random(panels * 32) < 0.3
     apart[rows:] = False
@@ -381,6 +384,9 @@ def test_head_scan_knows_its_limits() -> None:
     assert T.reachable("Q8_0", data, rows, k, x, 1, softcap=30.0) == everything  # saturated: different products may tie
     assert len(T.reachable("Q8_0", data, rows, k, x / 100, 1, softcap=30.0)) < 5
     assert T.reachable("Q8_0", data, rows, k, 0 * x, 1) == everything
+    row = k // 32 * 34
+    no_number = data[: 100 * row] + np.float16(np.nan).tobytes() + data[100 * row + 2 :]
+    assert T.reachable("Q8_0", no_number, rows, k, 0 * x, 1) == everything
     tiny = np.float32(1e-25) * x  # whose squares are nothing
     assert len(T.reachable("Q8_0", data, rows, k, tiny, 1)) < 5
     x[0, 3] = np.nan

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <limits>
 #include <numeric>
+#include <utility>
 
 #include "../backend.h"
 #include "../quant.h"
@@ -144,8 +145,10 @@ class CpuBackend final : public Backend {
       }
       finish(c, t, state, e, out.data);
     };
-    const bool tile_by_tile = count >= 2 * pool_.size() || pool_.size() == 1 || most_blocks < 4;
-    if (tile_by_tile && one_each(rows)) {
+    const auto fill_threads = [&](int64_t items) {
+      return items >= 2 * pool_.size() || pool_.size() == 1 || most_blocks < 4;
+    };
+    if (one_each(rows) && fill_threads(rows.n)) {
       // A thread takes a row from its projections to the next product's activations, and nobody waits in between.
       const Unrotated left = std::exchange(unrotated_, {});
       if (left.w) rope_table(w.rope_base, w.rope_scale, c.head_dim);
@@ -163,7 +166,7 @@ class CpuBackend final : public Backend {
       return;
     }
     rotate_and_store(c, q.data);
-    if (tile_by_tile) {
+    if (fill_threads(count)) {
       pool_.parallel_for(count, 1, [&](int64_t begin, int64_t end, int) {
         std::vector<float> block(kQueryRows * e);
         for (int64_t i = begin; i < end; ++i) attend(i, i + 1 < end, block.data());
@@ -175,18 +178,18 @@ class CpuBackend final : public Backend {
   }
 
   void project_add(const Config& c, const LayerWeights& w, const Rows&, const Buffer&, Buffer& x) override {
-    product_add(c, *w.o, acts_, w.post_attn_norm.get(), x);
+    product_add(*w.o, acts_, w.post_attn_norm.get(), x);
   }
 
   void feed_forward(const Config& c, const LayerWeights& w, const Rows& rows, Buffer& x) override {
     normed(c, *w.ffn_norm, {w.gate.get(), w.up.get()}, rows.n, x);
     matmul_geglu(kernels_, pool_, acts_, cpu(*w.gate), cpu(*w.up), cpu(*w.down), hidden_);
-    product_add(c, *w.down, hidden_, w.post_ffn_norm.get(), x);
+    product_add(*w.down, hidden_, w.post_ffn_norm.get(), x);
   }
 
   void logits(const Config& c, const Buffer& norm, const Matrix& head, const Buffer& x,
               const std::vector<int64_t>& pick, float* out) override {
-    normed(c, norm, {&head}, static_cast<int64_t>(pick.size()), x, pick.data());
+    normed(c, norm, {&head}, static_cast<int64_t>(pick.size()), x, &pick);
     matmul(kernels_, pool_, acts_, {{&cpu(head), out, c.vocab_size}});
     if (c.final_softcap > 0) {
       const int64_t slice = 4096, slices = (c.vocab_size + slice - 1) / slice;
@@ -205,7 +208,7 @@ class CpuBackend final : public Backend {
     const int64_t m = static_cast<int64_t>(pick.size()), slab = 8192;
     std::vector<float> y(m * slab), max(m), sum(m), chosen(m, 0.0f);
     std::vector<double> total(m, 0.0), top(m, -std::numeric_limits<double>::infinity());
-    normed(c, norm, {&head}, static_cast<int64_t>(pick.size()), x, pick.data());
+    normed(c, norm, {&head}, static_cast<int64_t>(pick.size()), x, &pick);
     for (int64_t first = 0; first < head.rows; first += slab) {
       const int64_t rows = std::min(slab, head.rows - first);
       std::vector<int64_t> panels((rows + kPanel - 1) / kPanel);
@@ -229,17 +232,16 @@ class CpuBackend final : public Backend {
   void top_k(const Config& c, const Buffer& norm, const Matrix& head, const Buffer& x, const std::vector<int64_t>& pick,
              const Best& b) override {
     const int64_t m = static_cast<int64_t>(pick.size()), k = b.k, listed = static_cast<int64_t>(b.also.size());
-    normed(c, norm, {&head}, m, x, pick.data());
+    normed(c, norm, {&head}, m, x, &pick);
     const std::vector<int64_t> panels = scan_.reachable(kernels_, pool_, acts_, cpu(head), k, b.also, c.final_softcap);
     const int64_t n = static_cast<int64_t>(panels.size()) * kPanel;
     grow(y_, m * n);
     matmul_panels(kernels_, pool_, acts_, cpu(head), panels, y_.data());
-    scan_.check(pool_, panels, m, head.rows, y_.data());
+    scan_.check(pool_, cpu(head), panels, m, y_.data());
     pool_.parallel_for(m, 1, [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) {
         float* row = y_.data() + i * n;
-        // The last panel may be padded.
-        const int64_t real = n - (panels.back() == (c.vocab_size - 1) / kPanel ? -c.vocab_size & (kPanel - 1) : 0);
+        const int64_t real = n - kPanel + cpu(head).panel_rows(panels.back());  // the last panel may be padded
         if (c.final_softcap > 0) kernels_.softcap(row, real, c.final_softcap);
         auto panel = panels.begin();
         for (int64_t j = 0; j < listed; ++j) {
@@ -290,19 +292,19 @@ class CpuBackend final : public Backend {
 
   // Activations from the normed rows of x: the first n, or those that `pick` lists.
   void normed(const Config& c, const Buffer& norm, const std::vector<const Matrix*>& weights, int64_t n,
-              const Buffer& x, const int64_t* pick = nullptr) {
+              const Buffer& x, const std::vector<int64_t>* pick = nullptr) {
     const int64_t d = c.hidden_size;
     if (pick) add_normed(c, x);
     const Buffer* post_norm = std::exchange(post_norm_, nullptr);
     acts_.prepare(kernels_, pool_, weights, n, d, [&](int64_t i, float* scratch) {
       if (post_norm) add_normed(c, *post_norm, i, x);
-      kernels_.rms_norm(x.data + (pick ? pick[i] : i) * d, norm.data, d, c.rms_norm_eps, scratch);
+      kernels_.rms_norm(x.data + (pick ? (*pick)[i] : i) * d, norm.data, d, c.rms_norm_eps, scratch);
       return scratch;
     });
   }
 
-  // x += post_norm(W in), which is left to whoever norms x next: that row by row too.
-  void product_add(const Config&, const Matrix& w, const Activations& in, const Buffer* post_norm, Buffer& x) {
+  // x += post_norm(W in), which is left to the next `normed`: each row is added to just before it is normed, while it is in the cache.
+  void product_add(const Matrix& w, const Activations& in, const Buffer* post_norm, Buffer& x) {
     if (!post_norm) return matmul(kernels_, pool_, in, {{&cpu(w), x.data, w.rows, true}});
     added_ = in.n;
     grow(y_, in.n * w.rows);

@@ -16,21 +16,21 @@ namespace {
 
 constexpr float kSigmas = 8;
 constexpr int64_t kMostBest = 40;  // beyond, survivors stand in most panels
+constexpr int64_t kMostRows = 8;   // of activations: beyond, computing is dearer than reading
+// The scan has paid where a smaller share of the panels is left: several rows wait for arithmetic, of which it saves less than of memory.
+float most_left(int64_t rows) { return rows > 4 ? 0.15f : 0.3f; }
 constexpr float kUnsaturated = 4;  // softcaps up to which different products stay different logits
 
 // What the high bits leave open: `steps` equally likely values. Weights go from -offset to offset - 1.
 struct LowBits {
   float steps, offset;
   bool halves;  // of a block have scales of their own
-  // Up to so many rows of activations, and so large a share of the panels left, reading less is worth computing more.
-  int64_t most_rows;
-  float most_left;
   // Of the sum over 16 values of their products with weights: of the low bits times values whose squares add up to `square`, and of weights,
   // taken for equally likely too, times the rounding of the values.
   float variance(float square) const { return (steps * steps - 1) / 12 * square + 16 * offset * offset / 3 / 12; }
 };
 LowBits low_bits(DType type) {  // Q8_0 or Q6_K
-  return type == DType::Q6_K ? LowBits{4, 32, true, 8, 0.25f} : LowBits{16, 128, false, 8, 0.33f};
+  return type == DType::Q6_K ? LowBits{4, 32, true} : LowBits{16, 128, false};
 }
 
 // Activations as the scan takes them: a block's scale is the row's over a power of two, which costs kernels nothing. For that values are
@@ -44,7 +44,7 @@ struct ScanActs {
 ScanActs scan_acts(const LowBits& low, const QuantActs& a, int64_t blocks) {
   const int64_t count = blocks * a.rows;
   ScanActs out{std::vector<int8_t>(count * kBlock), std::vector<ScanScale>(count), std::vector<float>(a.rows)};
-  // NaN where the row is not a number, which comparisons leave out: it will not find a bar.
+  // A block that is not a number counts as zeros here: such a row's bar, of real products, is not finite.
   const auto largest = [&](int64_t i) { return std::max(a.scale[i].d[0], a.scale[i].d[1]); };
   for (int64_t i = 0; i < count; ++i) out.scale[i % a.rows] = std::max(out.scale[i % a.rows], largest(i));
   for (int64_t i = 0; i < count; ++i) {
@@ -72,7 +72,7 @@ ScanActs scan_acts(const LowBits& low, const QuantActs& a, int64_t blocks) {
     s.begin[1] = s.begin[0] + static_cast<int32_t>(std::lrint(start[1]));
     s.begin[0] += static_cast<int32_t>(std::lrint(start[0]));
   }
-  for (float& d : out.scale) d *= low.steps;
+  for (float& d : out.scale) d = d > 0 ? d * low.steps : 1;
   return out;
 }
 
@@ -88,8 +88,7 @@ void head_bounds(const Kernels& kernels, ThreadPool& pool, const Activations& x,
   const int64_t grain = std::max<int64_t>(1, (128 << 10) * total / static_cast<int64_t>(head.bytes));
   pool.parallel_for(total, grain, [&](int64_t begin, int64_t end, int) {
     for (int64_t p = begin; p < end; ++p) {
-      const int64_t rows = head.rows - p * kPanel;
-      const uint32_t padding = rows < kPanel ? ~0u << rows : 0;
+      const uint32_t padding = head.panel_rows(p) < kPanel ? ~0u << head.panel_rows(p) : 0;
       kernels.scan(head.type, head.tiled_panel(p).units, x.blocks(), scan.q.data(), scan.blocks.data(), acts.rows,
                    apart[p] | padding, &bounds.low[p], &bounds.high[p], total);
     }
@@ -118,7 +117,7 @@ std::vector<float> HeadScan::bars(const Kernels& kernels, ThreadPool& pool, cons
     std::vector<float> most;
     for (int64_t p : panels) {
       most.push_back(-std::numeric_limits<float>::infinity());
-      for (int64_t r = 0; r < std::min<int64_t>(kPanel, head.rows - p * kPanel); ++r)
+      for (int r = 0; r < head.panel_rows(p); ++r)
         if (!(apart_[p] >> r & 1)) most.back() = std::max(most.back(), products[r]);
       products += kPanel;
     }
@@ -140,9 +139,8 @@ std::vector<int64_t> HeadScan::reachable(const Kernels& kernels, ThreadPool& poo
     return panels;
   };
   const int64_t listed = static_cast<int64_t>(also.size());
-  const LowBits low = low_bits(head.type);
   bounded_ = false;
-  if (encoding(head.type).low_bytes == 0 || k > kMostBest || x.n > low.most_rows || total < 8 * (k + listed) || broken_)
+  if (encoding(head.type).low_bytes == 0 || k > kMostBest || x.n > kMostRows || total < 8 * (k + listed) || broken_)
     return all();
   if (pause_ > 0) {
     --pause_;
@@ -166,13 +164,14 @@ std::vector<int64_t> HeadScan::reachable(const Kernels& kernels, ThreadPool& poo
   std::vector<int64_t> reachable;
   for (int64_t p = 0; p < total; ++p)
     if (in[p]) reachable.push_back(p);
-  const bool paid = static_cast<float>(reachable.size()) < low.most_left * static_cast<float>(total);
+  const bool paid = static_cast<float>(reachable.size()) < most_left(x.n) * static_cast<float>(total);
   if (!paid) pause_ = next_pause_;
   next_pause_ = paid ? 1 : std::min(64, 2 * next_pause_);
   return reachable;
 }
 
-void HeadScan::check(ThreadPool& pool, const std::vector<int64_t>& panels, int64_t n, int64_t vocab, const float* y) {
+void HeadScan::check(ThreadPool& pool, const CpuMatrix& head, const std::vector<int64_t>& panels, int64_t n,
+                     const float* y) {
   if (!bounded_) return;
   const int64_t total = static_cast<int64_t>(apart_.size()), count = static_cast<int64_t>(panels.size());
   std::atomic<bool> broken{broken_};
@@ -181,7 +180,7 @@ void HeadScan::check(ThreadPool& pool, const std::vector<int64_t>& panels, int64
       for (int64_t j = 0; j < count; ++j) {
         const int64_t p = panels[j];
         const float* row = y + (i * count + j) * kPanel;
-        const float best = *std::max_element(row, row + std::min<int64_t>(kPanel, vocab - p * kPanel));
+        const float best = *std::max_element(row, row + head.panel_rows(p));
         if (!apart_[p] && (best < bounds_.low[i * total + p] || best > bounds_.high[i * total + p])) broken = true;
       }
   });

@@ -32,7 +32,7 @@ class HeadScan {
   std::vector<int64_t> reachable(const Kernels& kernels, ThreadPool& pool, const Activations& x, const CpuMatrix& head,
                                  int64_t k, const std::vector<int32_t>& also, float softcap);
   // What matmul_panels made of the last call's panels, for n rows of x.
-  void check(ThreadPool& pool, const std::vector<int64_t>& panels, int64_t n, int64_t vocab, const float* y);
+  void check(ThreadPool& pool, const CpuMatrix& head, const std::vector<int64_t>& panels, int64_t n, const float* y);
 
  private:
   // For each row of x a product that k rows of the head reach, in panels of their own.

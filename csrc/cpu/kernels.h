@@ -46,9 +46,10 @@ struct TiledPanel {
 enum class Packed { kNothing, kFirst, kAll };
 
 // One block of an activation row for the scan of a head by the high bits h of its values: d_w being the weight row's scale, the
-// block adds d_w 2^-k (h . q + start) to the estimate and d_w^2 energy to the margin's square. With a scale for either half (Q6_K),
-// each half adds its own. The integer sum begins with `begin`, the bits of `zero` = 1.5 * 2^(23-k) plus the start: as a float it is then
-// zero + 2^-k (h . q + start) exactly, which takes neither a conversion nor a product with a scale.
+// block adds d_w 2^-k (h . q + start) to the estimate and d_w^2 energy to the margin's square, in units that are the caller's for each row.
+// With a scale for either half (Q6_K), each half adds its own. The integer sum begins with `begin`, the bits of `zero` = 1.5 * 2^(23-k) plus
+// the start: as a float it is then zero + 2^-k (h . q + start) exactly, since |h . q + start| < 2^17, which takes neither a conversion nor a
+// product with a scale.
 struct ScanScale {
   int32_t begin[2];
   float zero;

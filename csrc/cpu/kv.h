@@ -78,14 +78,15 @@ class CpuKv final : public KvStore {
       for (int64_t d = 0; d < dim_; ++d) vd[d / 32 * kKeyBlock * 32 + d % 32] = v[d];
     } else {
       // Two values in a word: a row is written where its pages' lines are far apart.
-      uint32_t* kd = reinterpret_cast<uint32_t*>(p) + j / 16 * 8 * e_ + j % 16;
-      uint32_t* vd = reinterpret_cast<uint32_t*>(pv) + j * 16;
-      const auto pair = [](float low, float high) {
-        return float_to_bf16(low) | static_cast<uint32_t>(float_to_bf16(high)) << 16;
+      uint8_t* kd = p + (j / 16 * 8 * e_ + j % 16) * 4;
+      uint8_t* vd = pv + j * 64;
+      const auto put = [](uint8_t* to, float low, float high) {
+        const uint16_t words[2] = {float_to_bf16(low), float_to_bf16(high)};
+        std::memcpy(to, words, sizeof(words));
       };
-      for (int64_t d = 0; d < dim_; d += 2) kd[d * 8] = pair(k[d], k[d + 1]);
+      for (int64_t d = 0; d < dim_; d += 2) put(kd + d * 32, k[d], k[d + 1]);  // head sizes are even
       for (int64_t d = 0; d < dim_; d += d % 32 == 15 ? 17 : 1)
-        vd[d / 32 * kKeyBlock * 16 + d % 16] = pair(v[d], d + 16 < dim_ ? v[d + 16] : 0);
+        put(vd + (d / 32 * kKeyBlock * 16 + d % 16) * 4, v[d], d + 16 < dim_ ? v[d + 16] : 0);
     }
   }
 

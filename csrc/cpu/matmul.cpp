@@ -120,7 +120,7 @@ int64_t grain_of(const ThreadPool& pool, size_t bytes, int64_t panels) {
 struct Panel {
   const CpuMatrix* w = nullptr;
   int64_t index = 0;
-  int rows() const { return static_cast<int>(std::min<int64_t>(kPanel, w->rows - index * kPanel)); }
+  int rows() const { return w->panel_rows(index); }
   bool quantised() const { return w && encoding(w->type).quantized; }
   TiledPanel tiled() const { return quantised() ? w->tiled_panel(index) : TiledPanel{}; }
   const uint16_t* bf16() const {  // null where there are none
@@ -230,7 +230,7 @@ void matmul(const Kernels& kernels, ThreadPool& pool, const Activations& x, cons
       [&](int64_t, const Panel* panel, int64_t m0, int m, const float* tile) {
         const Product* p = products.data();
         while (p->w != panel->w) ++p;
-        const int64_t first = panel->index * kPanel, rows = std::min<int64_t>(kPanel, p->w->rows - first);
+        const int64_t first = panel->index * kPanel, rows = panel->rows();
         for (int j = 0; j < m; ++j) {
           float* y = p->y + (m0 + j) * p->ldy + first;
           if (p->add)
@@ -264,7 +264,7 @@ void matmul_geglu(const Kernels& kernels, ThreadPool& pool, const Activations& x
         panels[1] = {&up, i};
       },
       [&](int64_t, const Panel* panels, int64_t m0, int m, float* tiles) {
-        const int64_t first = panels->index * kPanel, rows = std::min<int64_t>(kPanel, gate.rows - first);
+        const int64_t first = panels->index * kPanel, rows = panels->rows();
         kernels.geglu(tiles, tiles + kTile, m * kPanel, tiles);
         h.put(kernels, first, rows, m0, m, tiles, kPanel);
       });

@@ -1,6 +1,7 @@
 // Matrices in the CPU's memory and the products with them: activations are prepared once, rows are shared out among threads.
 #pragma once
 
+#include <algorithm>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -19,6 +20,7 @@ struct CpuMatrix final : Matrix {
   Memory owned;
   const uint8_t* host_data() const override { return data; }
   const uint8_t* bf16_row(int64_t r) const { return data + r * row_bytes(type, cols); }
+  int panel_rows(int64_t i) const { return static_cast<int>(std::min<int64_t>(kPanel, rows - i * kPanel)); }
   TiledPanel tiled_panel(int64_t i) const {
     const PanelAt at = panel_at(type, rows, cols, i);
     return {data + at.units, data + at.low};

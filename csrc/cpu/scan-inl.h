@@ -147,7 +147,7 @@ void scan_panel(Scanned a, int left, float* low, float* high, int64_t ld) {
     }
   }
   if constexpr (R > 1)
-    if (left > 0) scan_panel<Q, R / 2>(a, left, low, high, ld);
+    if (left > 0) scan_panel<Q, R - 1>(a, left, low, high, ld);
 }
 
 // More rows of Q8_0 where a panel is two groups, in the way of FourRows: an activation is broadcast once for both, and the sums lie
@@ -219,12 +219,7 @@ template <class Q>
 void scan_rows(const Scanned& a, float* low, float* high, int64_t ld) {
   if constexpr (kGroups == 2 && Q::kSubs == 1)
     if (a.rows > 4) return scan_four<V>(a, low, high, ld);
-  if (a.rows == 1) return scan_panel<Q, 1>(a, 1, low, high, ld);
-  if constexpr (kGroups == 2) {
-    if (a.rows == 3) return scan_panel<Q, 3>(a, 3, low, high, ld);
-    if (a.rows >= 4) return scan_panel<Q, 4>(a, a.rows, low, high, ld);
-  }
-  scan_panel<Q, 2>(a, a.rows, low, high, ld);
+  scan_panel<Q, kGroups == 2 ? 4 : 2>(a, a.rows, low, high, ld);
 }
 
 void scan(DType type, const uint8_t* units, int64_t blocks, const int8_t* q, const ScanScale* scales, int rows,
