@@ -177,7 +177,7 @@ class CpuBackend final : public Backend {
     acts_.prepare(kernels_, pool_, {w.o.get()}, rows.n, width, [&](int64_t i, float*) { return out.data + i * width; });
   }
 
-  void project_add(const Config& c, const LayerWeights& w, const Rows&, const Buffer&, Buffer& x) override {
+  void project_add(const Config&, const LayerWeights& w, const Rows&, const Buffer&, Buffer& x) override {
     product_add(*w.o, acts_, w.post_attn_norm.get(), x);
   }
 
