@@ -139,6 +139,7 @@ class Backend {
 
   // The operations of a pass, in the order of model.cpp. A backend may leave x, q and the stores unfinished until the next operation on
   // them.
+
   // x[N, D] = table[token] * scale
   virtual void embed(const Matrix& table, const Rows& rows, float scale, Buffer& x) = 0;
   // q[N, H, E] = rope(norm(W_q rmsnorm(x))) * query_scale; k and v go to the spans' stores.

@@ -48,14 +48,15 @@ ScanActs scan_acts(const LowBits& low, const QuantActs& a, int64_t blocks) {
   const auto largest = [&](int64_t i) { return std::max(a.scale[i].d[0], a.scale[i].d[1]); };
   for (int64_t i = 0; i < count; ++i) out.scale[i % a.rows] = std::max(out.scale[i % a.rows], largest(i));
   for (int64_t i = 0; i < count; ++i) {
+    const float own = largest(i);
     float power = 1, unit = out.scale[i % a.rows];  // unit: the row's scale times power
-    for (; unit > 2 * largest(i) && power > 1e-9f; unit /= 2) power /= 2;
+    for (; unit > 2 * own && power > 1e-9f; unit /= 2) power /= 2;
     ScanScale& s = out.blocks[i];
     s = {};
     s.zero = 1.5f * (1 << 23) * power;
     float start[2] = {};
     for (int h = 0; h < 2; ++h) {
-      const float by = largest(i) > 0 ? a.scale[i].d[h] / unit : 0;
+      const float by = own > 0 ? a.scale[i].d[h] / unit : 0;
       int32_t sum = 0, square = 0;
       for (int64_t j = i * kBlock + 16 * h; j < i * kBlock + 16 * h + 16; ++j) {
         const int32_t q = static_cast<int32_t>(static_cast<float>(a.q[j]) * by + 128.5f) - 128;  // rounded

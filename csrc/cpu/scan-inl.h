@@ -150,20 +150,23 @@ void scan_panel(Scanned a, int left, float* low, float* high, int64_t ld) {
     if (left > 0) scan_panel<Q, R - 1>(a, left, low, high, ld);
 }
 
-// More rows of Q8_0 where a panel is two groups, in the way of FourRows: an activation is broadcast once for both, and the sums lie
-// in L1.
+// Rows of a pass at most, whose sums fit the registers.
+constexpr int kScanRows = kGroups == 2 ? 4 : 2;
+
+// More rows of Q8_0 where a panel is two groups, in the way of FourRows: the first four meet weights as they are unpacked, an activation is
+// broadcast once for both groups, and the sums lie in L1.
 template <class Vec>
 struct ScanFour : SumsInTile {
-  static constexpr int kFrom = 4;
+  static constexpr int kFirst = 4;
   B w[2][8];
   F scale[2], square[2];
-  I dot[kFrom][2];
+  I dot[kFirst][2];
 
   template <int N = 0>
   GEMMA_INLINE void meet(const uint8_t* plane, const int8_t* q) {
     w[0][N] = load_4bit<0, N>(plane);
     w[1][N] = load_4bit<1, N>(plane);
-    for (int i = 0; i < kFrom; ++i) {
+    for (int i = 0; i < kFirst; ++i) {
       const B x = Vec::bytes4(q + i * kBlock + 4 * N);
       for (int g = 0; g < 2; ++g) dot[i][g] = Vec::add_dot(dot[i][g], w[g][N], x);
     }
@@ -181,10 +184,10 @@ struct ScanFour : SumsInTile {
     EightBit::scales<0>(unit, 0, &scale[0], none);
     EightBit::scales<1>(unit, 0, &scale[1], none);
     for (int g = 0; g < 2; ++g) square[g] = V::mul(scale[g], scale[g]);
-    for (int i = 0; i < kFrom; ++i) dot[i][0] = dot[i][1] = V::set_i(s[i].begin[0]);
+    for (int i = 0; i < kFirst; ++i) dot[i][0] = dot[i][1] = V::set_i(s[i].begin[0]);
     meet(EightBit::high(unit, 0), q);
-    for (int i = 0; i < kFrom; ++i) close(dot[i], s[i], estimate + i * kPanel, margin + i * kPanel);
-    for (int i = kFrom; i < rows; ++i) {
+    for (int i = 0; i < kFirst; ++i) close(dot[i], s[i], estimate + i * kPanel, margin + i * kPanel);
+    for (int i = kFirst; i < rows; ++i) {
       const int8_t* a = q + i * kBlock;
       const I dots[2] = {scan_dot<8>(w[0], a, s[i].begin[0]), scan_dot<8>(w[1], a, s[i].begin[0])};
       close(dots, s[i], estimate + i * kPanel, margin + i * kPanel);
@@ -218,8 +221,8 @@ void scan_four(const Scanned& a, float* low, float* high, int64_t ld) {
 template <class Q>
 void scan_rows(const Scanned& a, float* low, float* high, int64_t ld) {
   if constexpr (kGroups == 2 && Q::kSubs == 1)
-    if (a.rows > 4) return scan_four<V>(a, low, high, ld);
-  scan_panel<Q, kGroups == 2 ? 4 : 2>(a, a.rows, low, high, ld);
+    if (a.rows > kScanRows) return scan_four<V>(a, low, high, ld);
+  scan_panel<Q, kScanRows>(a, a.rows, low, high, ld);
 }
 
 void scan(DType type, const uint8_t* units, int64_t blocks, const int8_t* q, const ScanScale* scales, int rows,
