@@ -162,6 +162,22 @@ def test_product_bits_do_not_depend_on_company_or_threads(name: str, fine: bool)
         assert product(0, m, threads) == together
     for a, b in ((0, 1), (1, 2), (63, 64), (64, 65), (149, 150), (3, 5), (7, 20), (40, 63), (60, 85)):
         assert product(a, b) == together[a * row : b * row]
+    for n in range(1, 19):  # a kernel for each of the first few numbers of rows
+        assert product(n, 2 * n) == together[n * row : 2 * n * row]
+
+
+@pytest.mark.parametrize("fine", [False, True])
+@pytest.mark.parametrize("name", BLOCK)
+def test_a_short_last_chunk_has_the_same_bits(name: str, fine: bool) -> None:
+    """Rows beyond 64 when K is long enough to be taken in two steps, of which the second adds to the first."""
+    rng = np.random.default_rng(11)
+    rows, k = 33, 4352
+    data = random_blocks(name, rows, k, rng)
+    x = rng.standard_normal((74, k)).astype(np.float32)
+    alone = b"".join(T.product(name, data, rows, k, x[i : i + 1], fine=fine).tobytes() for i in range(64, 74))
+    for n in range(1, 11):
+        y = T.product(name, data, rows, k, x[: 64 + n], fine=fine)
+        assert y[64:].tobytes() == alone[: 4 * n * rows]
 
 
 @pytest.mark.parametrize(

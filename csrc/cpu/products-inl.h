@@ -213,13 +213,61 @@ struct ManyRows : SumsInTile {
   }
 };
 
-// Four to sixteen rows where a panel is two groups. The first four meet each vector of weights as soon as it is unpacked: unpacking and
+// Up to kTo rows where a panel is two groups: sums stay in registers, since a store takes the place of a multiply-add or a dot product
+// (on Zen 5 neither begins in a cycle in which a store reads its value).
+template <class Vec, class Q, bool FINE, int R>
+struct FewRows {
+  static constexpr int kParts = GEMMA_ISA::kParts<Q, FINE>, kSteps = 8 / kParts;
+  static constexpr int kTo = kParts == 2 ? 8 : 4;  // half a block of weights leaves registers for more sums
+  F acc[R][2];
+
+  GEMMA_INLINE void start(bool add, int, float* tile) {
+    GEMMA_UNROLL(8)
+    for (int i = 0; i < R; ++i)
+      for (int g = 0; g < 2; ++g) acc[i][g] = add ? V::load(tile + i * kPanel + g * W) : V::zero();
+  }
+  template <int N>
+  static GEMMA_INLINE void unpack(const uint8_t* unit, const uint8_t* low, int j, Block* b) {
+    b[0].w[N] = Q::template weight<0, N>(unit, low, j);
+    b[1].w[N] = Q::template weight<1, N>(unit, low, j);
+    if constexpr ((N + 1) % kSteps != 0) unpack<N + 1>(unit, low, j, b);
+  }
+  template <int PART = 0>
+  GEMMA_INLINE void step(const uint8_t* unit, const uint8_t* low, int j, const int8_t* q, const ActScale* s, int rows,
+                         float* tile) {
+    Block b[2];
+    unpack<PART * kSteps>(unit, low, j, b);
+    Q::template scales<0>(unit, j, b[0].scale, b[0].min);
+    Q::template scales<1>(unit, j, b[1].scale, b[1].min);
+    GEMMA_UNROLL(8)
+    for (int i = 0; i < R; ++i) {
+      I dot[2];
+      dot[0] = dot[1] = V::set_i(-Q::kOffset * part_sum<Q, FINE>(PART, s[i]));
+      for (int n = PART * kSteps; n < (PART + 1) * kSteps; ++n) {
+        const B x = Vec::bytes4(q + i * kBlock + 4 * n);
+        for (int g = 0; g < 2; ++g) dot[g] = Vec::add_dot(dot[g], b[g].w[n], x);
+      }
+      for (int g = 0; g < 2; ++g) acc[i][g] = part_add<Q, FINE>(b[g], PART, dot[g], s[i], acc[i][g]);
+    }
+    if constexpr (PART + 1 < kParts) step<PART + 1>(unit, low, j, q, s, rows, tile);
+  }
+  GEMMA_INLINE void finish(float* tile) const {
+    GEMMA_UNROLL(8)
+    for (int i = 0; i < R; ++i)
+      for (int g = 0; g < 2; ++g) V::store(tile + i * kPanel + g * W, acc[i][g]);
+  }
+};
+
+// Up to sixteen rows where a panel is two groups. The first ones meet each vector of weights as soon as it is unpacked: unpacking and
 // multiplying have ports of their own, and a core does not look far enough ahead to use both when a block comes first and then the rows.
+// Their sums wait in registers for the whole block.
 template <class Vec, class Q, bool FINE>
-struct FourRows : SumsInTile {
-  static constexpr int kFrom = 4, kTo = 16, kSteps = 8 / kParts<Q, FINE>;
+struct SomeRows : SumsInTile {
+  static constexpr int kParts = GEMMA_ISA::kParts<Q, FINE>, kSteps = 8 / kParts;
+  static constexpr int kFirst = 4 / kParts, kTo = 16;
   Block b[2];
-  I dot[kFrom][2];
+  I dot[kFirst][2];
+  F acc[kFirst][2];
 
   template <int N>
   GEMMA_INLINE void meet(const uint8_t* unit, const uint8_t* low, int j, const int8_t* q) {
@@ -227,33 +275,38 @@ struct FourRows : SumsInTile {
     b[1].w[N] = Q::template weight<1, N>(unit, low, j);
     if (N == 1) Q::template scales<0>(unit, j, b[0].scale, b[0].min);
     if (N == 3) Q::template scales<1>(unit, j, b[1].scale, b[1].min);
-    for (int i = 0; i < kFrom; ++i) {
+    for (int i = 0; i < kFirst; ++i) {
       const B x = Vec::bytes4(q + i * kBlock + 4 * N);
       for (int g = 0; g < 2; ++g) dot[i][g] = Vec::add_dot(dot[i][g], b[g].w[N], x);
     }
     if constexpr ((N + 1) % kSteps != 0) meet<N + 1>(unit, low, j, q);
   }
-
   template <int PART = 0>
+  GEMMA_INLINE void first(const uint8_t* unit, const uint8_t* low, int j, const int8_t* q, const ActScale* s) {
+    for (int i = 0; i < kFirst; ++i) dot[i][0] = dot[i][1] = V::set_i(-Q::kOffset * part_sum<Q, FINE>(PART, s[i]));
+    meet<PART * kSteps>(unit, low, j, q);
+    for (int i = 0; i < kFirst; ++i)
+      for (int g = 0; g < 2; ++g) acc[i][g] = part_add<Q, FINE>(b[g], PART, dot[i][g], s[i], acc[i][g]);
+    if constexpr (PART + 1 < kParts) first<PART + 1>(unit, low, j, q, s);
+  }
   GEMMA_INLINE void step(const uint8_t* unit, const uint8_t* low, int j, const int8_t* q, const ActScale* s, int rows,
                          float* tile) {
-    for (int i = 0; i < kFrom; ++i) dot[i][0] = dot[i][1] = V::set_i(-Q::kOffset * part_sum<Q, FINE>(PART, s[i]));
-    meet<PART * kSteps>(unit, low, j, q);
-    for (int i = 0; i < kFrom; ++i) {
+    for (int i = 0; i < kFirst; ++i)
+      for (int g = 0; g < 2; ++g) acc[i][g] = V::load(tile + i * kPanel + g * W);
+    first(unit, low, j, q, s);
+    for (int i = 0; i < kFirst; ++i)
+      for (int g = 0; g < 2; ++g) V::store(tile + i * kPanel + g * W, acc[i][g]);
+    for (int i = kFirst; i < rows; ++i) {
       float* t = tile + i * kPanel;
-      const F x = part_add<Q, FINE>(b[0], PART, dot[i][0], s[i], V::load(t));
-      const F y = part_add<Q, FINE>(b[1], PART, dot[i][1], s[i], V::load(t + W));
+      F x = V::load(t), y = V::load(t + W);
+      for (int part = 0; part < kParts;
+           ++part) {  // in turn, which leaves more dot products that need not wait for another
+        x = part_dot<Q, FINE>(b[0], part, q + i * kBlock, s[i], x);
+        y = part_dot<Q, FINE>(b[1], part, q + i * kBlock, s[i], y);
+      }
       V::store(t, x);
       V::store(t + W, y);
     }
-    for (int i = kFrom; i < rows; ++i) {
-      float* t = tile + i * kPanel;
-      const F x = part_dot<Q, FINE>(b[0], PART, q + i * kBlock, s[i], V::load(t));
-      const F y = part_dot<Q, FINE>(b[1], PART, q + i * kBlock, s[i], V::load(t + W));
-      V::store(t, x);
-      V::store(t + W, y);
-    }
-    if constexpr (PART + 1 < kParts<Q, FINE>) step<PART + 1>(unit, low, j, q, s, rows, tile);
   }
 };
 
@@ -305,6 +358,12 @@ GEMMA_NOINLINE void walk(const Run& run, const QuantActs& a, float* tile) {
   rows.finish(tile);
 }
 
+template <class Q, bool FINE, int R>
+void few_rows(const Run& run, const QuantActs& a, float* tile) {
+  if (a.rows == R) return walk<Q, FewRows<V, Q, FINE, R>>(run, a, tile);
+  if constexpr (R > 2) few_rows<Q, FINE, R - 1>(run, a, tile);
+}
+
 template <class Q, bool FINE>
 void panel_rows(const Run& run, const QuantActs& a, float* tile) {
   using Block = L1Block<V, Q, FINE>;
@@ -312,8 +371,10 @@ void panel_rows(const Run& run, const QuantActs& a, float* tile) {
   if constexpr (V::kL1Block && Block::kFrom <= kActChunk)
     if (a.rows >= Block::kFrom) return walk<Q, Block>(run, a, tile);
   if constexpr (kGroups == 2) {
-    using Four = FourRows<V, Q, FINE>;
-    if (a.rows >= Four::kFrom && a.rows <= Four::kTo) return walk<Q, Four>(run, a, tile);
+    constexpr int kFew = FewRows<V, Q, FINE, 1>::kTo;
+    if (a.rows <= kFew) return few_rows<Q, FINE, kFew>(run, a, tile);
+    using Some = SomeRows<V, Q, FINE>;
+    if (a.rows <= Some::kTo) return walk<Q, Some>(run, a, tile);
   }
   walk<Q, ManyRows<Q, FINE>>(run, a, tile);
 }

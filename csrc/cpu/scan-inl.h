@@ -153,7 +153,7 @@ void scan_panel(Scanned a, int left, float* low, float* high, int64_t ld) {
 // Rows of a pass at most, whose sums fit the registers.
 constexpr int kScanRows = kGroups == 2 ? 4 : 2;
 
-// More rows of Q8_0 where a panel is two groups, in the way of FourRows: the first four meet weights as they are unpacked, an activation is
+// More rows of Q8_0 where a panel is two groups, in the way of SomeRows: the first four meet weights as they are unpacked, an activation is
 // broadcast once for both groups, and the sums lie in L1.
 template <class Vec>
 struct ScanFour : SumsInTile {
