@@ -114,23 +114,10 @@ class CpuBackend final : public Backend {
 
   // Leaves what it finds as activations too, for project_add.
   void attention(const Config& c, const LayerWeights& w, const Rows& rows, const Buffer& q, Buffer& out) override {
-    std::vector<Tile> tiles;
-    const int64_t per_group = c.num_heads / c.num_kv_heads, width = c.num_heads * c.head_dim;
+    const std::vector<Tile> tiles = tiles_of(c, w, rows);
+    const int64_t width = c.num_heads * c.head_dim;
     int64_t most_blocks = 0;
-    for (const Span& s : rows.spans)
-      for (int64_t g = 0; g < c.num_kv_heads; ++g)
-        for (int64_t i = 0; i < s.count * per_group; i += kQueryRows) {
-          Tile t;
-          t.span = &s;
-          t.group = g;
-          t.first = i;
-          t.rows = static_cast<int>(std::min<int64_t>(kQueryRows, s.count * per_group - i));
-          const int64_t low = s.position + i / per_group, high = s.position + (i + t.rows - 1) / per_group;
-          t.first_block = w.window ? std::max<int64_t>(0, low - w.window + 1) / kKeyBlock : 0;
-          t.end_block = high / kKeyBlock + 1;
-          most_blocks = std::max(most_blocks, t.end_block - t.first_block);
-          tiles.push_back(t);
-        }
+    for (const Tile& t : tiles) most_blocks = std::max(most_blocks, t.end_block - t.first_block);
     const int64_t e = (c.head_dim + 31) / 32 * 32;
     const int64_t count = static_cast<int64_t>(tiles.size());
     const auto attend = [&](int64_t i, bool more, float* block) {
@@ -268,6 +255,19 @@ class CpuBackend final : public Backend {
     int rows;
     int64_t first_block, end_block;
   };
+  static std::vector<Tile> tiles_of(const Config& c, const LayerWeights& w, const Rows& rows) {
+    std::vector<Tile> tiles;
+    const int64_t per_group = c.num_heads / c.num_kv_heads;
+    for (const Span& s : rows.spans)
+      for (int64_t g = 0; g < c.num_kv_heads; ++g)
+        for (int64_t i = 0; i < s.count * per_group; i += kQueryRows) {
+          const int n = static_cast<int>(std::min<int64_t>(kQueryRows, s.count * per_group - i));
+          const int64_t low = s.position + i / per_group, high = s.position + (i + n - 1) / per_group;
+          const int64_t first_block = w.window ? std::max<int64_t>(0, low - w.window + 1) / kKeyBlock : 0;
+          tiles.push_back({&s, g, i, n, first_block, high / kKeyBlock + 1});
+        }
+    return tiles;
+  }
   struct Part {
     float max[kQueryRows], sum[kQueryRows];
     bool seen[kQueryRows];
