@@ -37,7 +37,7 @@ def refused(source: Path, *named: str, at: Path | None = None) -> None:
     assert message.startswith(f"{at or source}"), message
     for part in named:
         assert part in message, message
-    assert "\n" not in message and len(message) < 1000
+    assert "\n" not in message and len(message) < 1000, message
 
 
 def arrays(checkpoint: Checkpoint) -> dict[str, bytes]:

@@ -173,9 +173,9 @@ def test_a_short_last_chunk_has_the_same_bits(name: str, fine: bool) -> None:
     rng = np.random.default_rng(11)
     rows, k = 33, 4352
     data = random_blocks(name, rows, k, rng)
-    x = rng.standard_normal((74, k)).astype(np.float32)
-    alone = b"".join(T.product(name, data, rows, k, x[i : i + 1], fine=fine).tobytes() for i in range(64, 74))
-    for n in range(1, 11):
+    x = rng.standard_normal((73, k)).astype(np.float32)
+    alone = b"".join(T.product(name, data, rows, k, x[i : i + 1], fine=fine).tobytes() for i in range(64, 73))
+    for n in range(1, 10):
         y = T.product(name, data, rows, k, x[: 64 + n], fine=fine)
         assert y[64:].tobytes() == alone[: 4 * n * rows]
 

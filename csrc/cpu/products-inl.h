@@ -258,9 +258,9 @@ struct FewRows {
   }
 };
 
-// Up to sixteen rows where a panel is two groups. The first ones meet each vector of weights as soon as it is unpacked: unpacking and
+// More rows, up to sixteen, where a panel is two groups. The first ones meet each vector of weights as soon as it is unpacked: unpacking and
 // multiplying have ports of their own, and a core does not look far enough ahead to use both when a block comes first and then the rows.
-// Their sums wait in registers for the whole block.
+// The sums of the first ones stay in registers for a block.
 template <class Vec, class Q, bool FINE>
 struct SomeRows : SumsInTile {
   static constexpr int kParts = GEMMA_ISA::kParts<Q, FINE>, kSteps = 8 / kParts;
@@ -299,8 +299,8 @@ struct SomeRows : SumsInTile {
     for (int i = kFirst; i < rows; ++i) {
       float* t = tile + i * kPanel;
       F x = V::load(t), y = V::load(t + W);
-      for (int part = 0; part < kParts;
-           ++part) {  // in turn, which leaves more dot products that need not wait for another
+      // Part by part of both groups: chains of dot products that need not wait for one another.
+      for (int part = 0; part < kParts; ++part) {
         x = part_dot<Q, FINE>(b[0], part, q + i * kBlock, s[i], x);
         y = part_dot<Q, FINE>(b[1], part, q + i * kBlock, s[i], y);
       }

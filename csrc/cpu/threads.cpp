@@ -27,7 +27,8 @@ namespace gemma {
 
 namespace {
 
-// Asks for the cache line at p, for writing: what follows need not wait for one line after another.
+// Asks for the cache line at p, for writing, so that lines need not be waited for one after another. Compilers make `prefetchw` of
+// __builtin_prefetch only for CPUs that are known to have it; others take it for nothing.
 inline void ask_to_write(const void* p) {
 #if defined(__GNUC__) && defined(__x86_64__)
   __asm__ volatile("prefetchw %0" : : "m"(*static_cast<const char*>(p)));
@@ -66,12 +67,12 @@ constexpr uint64_t kActive = kOpen - 1;        // workers inside the loop
 struct ThreadPool::Shared {
   // Loop number, open flag and number of active workers in one word, so that joining and closing cannot cross.
   alignas(64) std::atomic<uint64_t> state{0};
-  alignas(64) std::atomic<bool> failed{false};
+  alignas(64) std::atomic<bool> failed{false};  // false between loops
 
-  // All that a thread has to know of a loop, in a single cache line: each takes half a microsecond between cores that are far apart.
+  // What a thread has to know of a loop, in one cache line, since a line takes 0.3 us between cores that are far apart.
   struct alignas(64) Share {
-    std::atomic<uint64_t> left{
-        0};  // still to be taken, in grains: the first in the upper half, the end in the lower one
+    // Still to be taken, in grains: the first in the upper half, the end in the lower one.
+    std::atomic<uint64_t> left{0};
     int64_t count = 0, grain = 1;
     Call call = nullptr;
     void* context = nullptr;
@@ -231,10 +232,10 @@ void ThreadPool::run(int64_t count, int64_t grain, Call call, void* context) {
     else
       std::this_thread::yield();  // a worker has lost its core: let others run
   }
-  if (s.error) {
+  if (s.failed.load(std::memory_order_relaxed)) {
     s.failed.store(false, std::memory_order_relaxed);
     for (Shared::Share& share : s.shares) share.left.store(0, std::memory_order_relaxed);
-    std::rethrow_exception(std::exchange(s.error, nullptr));
+    if (s.error) std::rethrow_exception(std::exchange(s.error, nullptr));
   }
 }
 
