@@ -13,7 +13,7 @@ namespace GEMMA_ISA {
 template <class Vec, class Q, bool FINE>
 struct L1Block : SumsInTile {
   static constexpr bool kWide = Q::kBits == 8;
-  static constexpr int kHalves = kWide ? 2 : 1, kParts = FINE || Q::kSubs == 2 ? 2 : 1, kSteps = 8 / kParts;
+  static constexpr int kHalves = kWide ? 2 : 1, kParts = GEMMA_ISA::kParts<Q, FINE>, kSteps = 8 / kParts;
   // A 16-bit lane adds two products a step. Weights from -kOffset to kOffset - 1 make sums of either sign; those of others are positive,
   // and start at -32768 where they need the room.
   static constexpr int kMost = Q::kOffset ? Q::kOffset : (1 << Q::kBits) - 1;

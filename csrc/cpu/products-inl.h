@@ -128,6 +128,10 @@ GEMMA_INLINE void decode(const uint8_t* unit, const uint8_t* low, int j, Block& 
 template <class Q, bool FINE>
 constexpr int kParts = FINE || Q::kSubs == 2 ? 2 : 1;
 
+// Rows whose sums fit the registers where a panel is two groups: half a block of weights leaves room for more than a whole one.
+template <class Q, bool FINE>
+constexpr int kFew = kParts<Q, FINE> == 2 ? 8 : 4;
+
 template <class Q, bool FINE>
 GEMMA_INLINE int32_t part_sum(int part, const ActScale& s) {
   return kParts<Q, FINE> == 1 ? s.sum : part == 0 ? s.sum0 : s.sum - s.sum0;
@@ -213,12 +217,11 @@ struct ManyRows : SumsInTile {
   }
 };
 
-// Up to kTo rows where a panel is two groups: sums stay in registers, since a store takes the place of a multiply-add or a dot product
+// Up to kFew rows where a panel is two groups: sums stay in registers, since a store takes the place of a multiply-add or a dot product
 // (on Zen 5 neither begins in a cycle in which a store reads its value).
 template <class Vec, class Q, bool FINE, int R>
 struct FewRows {
   static constexpr int kParts = GEMMA_ISA::kParts<Q, FINE>, kSteps = 8 / kParts;
-  static constexpr int kTo = kParts == 2 ? 8 : 4;  // half a block of weights leaves registers for more sums
   F acc[R][2];
 
   GEMMA_INLINE void start(bool add, int, float* tile) {
@@ -371,8 +374,7 @@ void panel_rows(const Run& run, const QuantActs& a, float* tile) {
   if constexpr (V::kL1Block && Block::kFrom <= kActChunk)
     if (a.rows >= Block::kFrom) return walk<Q, Block>(run, a, tile);
   if constexpr (kGroups == 2) {
-    constexpr int kFew = FewRows<V, Q, FINE, 1>::kTo;
-    if (a.rows <= kFew) return few_rows<Q, FINE, kFew>(run, a, tile);
+    if (a.rows <= kFew<Q, FINE>) return few_rows<Q, FINE, kFew<Q, FINE>>(run, a, tile);
     using Some = SomeRows<V, Q, FINE>;
     if (a.rows <= Some::kTo) return walk<Q, Some>(run, a, tile);
   }
@@ -381,7 +383,10 @@ void panel_rows(const Run& run, const QuantActs& a, float* tile) {
 
 template <class Q>
 inline void panel_of(const Run& run, const QuantActs& a, float* tile) {
-  a.fine ? panel_rows<Q, true>(run, a, tile) : panel_rows<Q, false>(run, a, tile);
+  if constexpr (Q::kSubs == 2)
+    panel_rows<Q, true>(run, a, tile);  // in two parts whichever way activations are
+  else
+    a.fine ? panel_rows<Q, true>(run, a, tile) : panel_rows<Q, false>(run, a, tile);
 }
 
 void panel(DType type, const TiledPanel& data, int64_t first, int64_t count, const QuantActs& a, bool add,
