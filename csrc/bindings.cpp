@@ -369,13 +369,14 @@ PYBIND11_MODULE(_native, m) {
 
   m.def(
       "isa", [] { return std::string(kernels().name); },
-      "Instruction-set level in use: \"scalar\", \"avx2\" or \"avx512\" (\"avx512-emulated\" in tests).");
+      "Instruction-set level in use: \"scalar\", \"avx2\", \"avx512\" or \"amx\" (\"avx512-emulated\", "
+      "\"amx-emulated\" in tests).");
   m.def("gguf_strings", gguf_strings, py::arg("data"), py::arg("at"), py::arg("count"),
         "(strings, end): as many of `count` strings as lie whole in data from `at` on, each behind its length in 8 "
         "bytes.");
   m.def("isa_levels", [] {
     std::vector<std::string> out;
-    for (Isa i : {Isa::scalar, Isa::avx2, Isa::avx512})
+    for (Isa i : {Isa::scalar, Isa::avx2, Isa::avx512, Isa::amx})
       if (isa_supported(i)) out.emplace_back(isa_name(i));
     return out;
   });

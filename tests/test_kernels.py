@@ -169,7 +169,7 @@ def test_product_bits_do_not_depend_on_company_or_threads(name: str, fine: bool)
 @pytest.mark.parametrize("fine", [False, True])
 @pytest.mark.parametrize("name", BLOCK)
 def test_a_short_last_chunk_has_the_same_bits(name: str, fine: bool) -> None:
-    """Rows beyond 64 when K is long enough to be taken in two steps, of which the second adds to the first."""
+    """K long enough to be taken in two steps, of which the second adds to the first: few rows beyond 64, and the 64."""
     rng = np.random.default_rng(11)
     rows, k = 33, 4352
     data = random_blocks(name, rows, k, rng)
@@ -178,6 +178,10 @@ def test_a_short_last_chunk_has_the_same_bits(name: str, fine: bool) -> None:
     for n in range(1, 10):
         y = T.product(name, data, rows, k, x[: 64 + n], fine=fine)
         assert y[64:].tobytes() == alone[: 4 * n * rows]
+    for m in (20, 73):
+        y = T.product(name, data, rows, k, x[:m], fine=fine)
+        for i in (0, 15, 16, 19):
+            assert y[i].tobytes() == T.product(name, data, rows, k, x[i : i + 1], fine=fine).tobytes()
 
 
 @pytest.mark.parametrize(
@@ -189,7 +193,7 @@ def test_bf16_bits_do_not_depend_on_company(rows: int, k: int) -> None:
     data = (rng.standard_normal((rows, k)).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16).tobytes()
     x = rng.standard_normal((131, k)).astype(np.float32)
     alone = b"".join(T.product("BF16", data, rows, k, x[i : i + 1]).tobytes() for i in range(131))
-    for m in (2, 3, 4, 5, 6, 7, 8, 9, 11, 32, 63, 64, 65, 131):
+    for m in (2, 3, 4, 5, 6, 7, 8, 9, 11, 17, 32, 33, 48, 49, 63, 64, 65, 80, 131):
         assert T.product("BF16", data, rows, k, x[:m], threads=2).tobytes() == alone[: 4 * rows * m], m
 
 
@@ -208,15 +212,38 @@ def test_bf16_weights_packed_in_passing(rows: int, k: int) -> None:
             assert y[i].tobytes() == alone[i], (m, i)
 
 
+def test_more_rows_than_a_sweep() -> None:
+    """The amx level sums up to 512 rows of a panel at a time."""
+    rng = np.random.default_rng(3)
+    rows, k, m = 170, 72, 1100
+    data = (rng.standard_normal((rows, k)).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16).tobytes()
+    x = rng.standard_normal((m, k)).astype(np.float32)
+    y = T.product("BF16", data, rows, k, x, threads=2)
+    for i in (0, 511, 512, 575, 1023, 1024, 1099):
+        assert y[i].tobytes() == T.product("BF16", data, rows, k, x[i : i + 1]).tobytes(), i
+
+
+@pytest.mark.parametrize("m", [3, 40, 70])
+def test_bad_activations_stay_bad_with_bf16(m: int) -> None:
+    rng = np.random.default_rng(m)
+    data = (rng.standard_normal((40, 100)).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16).tobytes()
+    x = np.ones((m, 100), np.float32)
+    x[1, 77] = np.nan
+    x[m - 1, 99] = np.inf
+    bad = ~np.isfinite(T.product("BF16", data, 40, 100, x))
+    assert bad[[1, m - 1]].all() and bad.sum() == 80
+
+
 @pytest.mark.parametrize("name", BLOCK)
 def test_bad_activations_stay_bad(name: str) -> None:
     """NaN or infinity in a row reaches that row's result, and no other's."""
     data = random_blocks(name, 32, 256, np.random.default_rng(0))
-    x = np.ones((3, 256), np.float32)
-    x[1, 77] = np.nan
-    x[2, 3] = np.inf
-    y = T.product(name, data, 32, 256, x)
-    assert np.isfinite(y[0]).all() and np.isnan(y[1]).all() and np.isnan(y[2]).all()
+    for m in (3, 20):
+        x = np.ones((m, 256), np.float32)
+        x[1, 77] = np.nan
+        x[2, 3] = np.inf
+        y = T.product(name, data, 32, 256, x)
+        assert np.isnan(y[1:3]).all() and np.isfinite(np.delete(y, [1, 2], 0)).all()
 
 
 @pytest.mark.parametrize("name", BLOCK)

@@ -1,5 +1,5 @@
 """test_kernels.py, test_model.py and test_model_calls.py again, under every other instruction-set level of this machine and the
-emulated one, a process each.
+emulated ones, a process each.
 
 The level of a process is chosen when the engine is imported. Where GEMMA_NATIVE_ISA is set already, one level is wanted, and
 this file is skipped: so are its own children.
@@ -73,14 +73,14 @@ def run(level: str, *arguments: str, without: str = "") -> subprocess.CompletedP
 
 
 def test_levels_of_this_process() -> None:
-    assert LEVELS[0] == "scalar" and set(LEVELS) <= {"scalar", "avx2", "avx512"}
+    assert LEVELS[0] == "scalar" and set(LEVELS) <= {"scalar", "avx2", "avx512", "amx"}
     assert _native.isa() == LEVELS[-1]  # the best
 
 
 OPTIONS = {"avx2": "AVX_VNNI", "avx512": "AVX512_BF16", "avx512-emulated": "AVX512_BF16"}
 RUNNABLE = [*LEVELS]
 if "avx2" in LEVELS and hasattr(_native.testing, "emulator"):
-    RUNNABLE.append("avx512-emulated")  # the AVX-512 level's code on a CPU without
+    RUNNABLE += ["avx512-emulated", "amx-emulated"]  # those levels' code on a CPU without
 WAYS = [(level, "") for level in RUNNABLE] + [(level, OPTIONS[level]) for level in RUNNABLE if level in OPTIONS]
 
 
@@ -92,7 +92,7 @@ def test_suite(level: str, without: str) -> None:
 
 
 def test_products_are_the_same_bits() -> None:
-    quantised, by_fma = {}, {}
+    quantised, by_fma, rounded = {}, {}, {}
     for level, without in WAYS:
         done = run(level, "-c", PRODUCTS, without=without)
         assert done.returncode == 0, done.stderr
@@ -101,8 +101,11 @@ def test_products_are_the_same_bits() -> None:
         # bf16 instructions round activations, and the portable code joins lanes in another order.
         if rounding == "False" and level != "scalar":
             by_fma[level, without] = bf16
+        elif rounding == "True":
+            rounded.setdefault(level.removesuffix("-emulated"), set()).add(bf16)
     assert len(set(quantised.values())) == 1, quantised
     assert len(set(by_fma.values())) <= 1, by_fma
+    assert all(len(bits) == 1 for bits in rounded.values()), rounded  # emulated or not
 
 
 @pytest.mark.parametrize("level", ["sse9", "AVX2", " scalar", "scalar,avx2"])

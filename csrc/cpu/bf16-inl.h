@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "bf16-columns-inl.h"
+#include "isa.h"
 #include "kernels.h"
 
 namespace gemma {
@@ -34,9 +35,10 @@ void pack(const float* x, int64_t ldx, int n, int64_t at, int64_t count, int64_t
 }
 
 // Adds K values [from, to) to the sums of R weight rows, gap * ldw apart, and M packed activation rows; `from` 0 starts them. Of `tail`,
-// the last values of each row, and of `sum` every gap-th is theirs. `ahead`: where the weights lie that come next, or null.
+// the last values of each row, and of `sum` every gap-th is theirs. `ahead`: where the weights lie that come next, or null; they are asked
+// for as what caches `keep`, or as used once.
 template <int R, int M>
-inline void bf16_steps(const uint16_t* w, int64_t ldw, const uint16_t (*tail)[32], const uint16_t* ahead,
+inline void bf16_steps(const uint16_t* w, int64_t ldw, const uint16_t (*tail)[32], const uint16_t* ahead, bool keep,
                        const uint8_t* x, int64_t ldx, int64_t from, int64_t to, int gap, V::Sum (*sum)[kFewRows]) {
   V::Sum s[R][M];
   for (int r = 0; r < R; ++r)
@@ -53,7 +55,10 @@ inline void bf16_steps(const uint16_t* w, int64_t ldw, const uint16_t (*tail)[32
   };
   int64_t i = from;
   for (; i + kStep <= to; i += kStep) {
-    for (int r = 0; r < R && ahead; ++r) GEMMA_PREFETCH_ONCE(ahead + r * gap * ldw + i - from);
+    for (int r = 0; r < R && ahead; ++r) {
+      const uint16_t* p = ahead + r * gap * ldw + i - from;
+      keep ? GEMMA_PREFETCH(p) : GEMMA_PREFETCH_ONCE(p);
+    }
     step(i, w + i, gap * ldw);
   }
   if (i < to) step(i, tail[0], gap * 32);
@@ -71,6 +76,7 @@ inline void bf16_rows(const uint16_t* w, int64_t ldw, int rows, int64_t k, const
     for (int64_t j = k / kStep * kStep; j < k; ++j) tail[r][j % kStep] = w[r * ldw + j];
   const int part = rows / R, far = static_cast<int>(std::min<int64_t>(4, 1 + kFar / (R * k + 1)));
   V::Sum sum[kBf16Rows][kFewRows];
+  const bool keep = is_intel();  // Emerald Rapids, for one, reads at half the speed what is asked for as used once
   for (int64_t from = 0; from < k; from += piece) {
     const int64_t to = std::min(from + piece, k);
     for (int r = 0; r < part; ++r) {
@@ -80,10 +86,10 @@ inline void bf16_rows(const uint16_t* w, int64_t ldw, int rows, int64_t k, const
                               : to < k ? w + over * ldw + to
                               : next   ? next + over * ldw
                                        : nullptr;
-      bf16_steps<R, M>(w + r * ldw, ldw, tail + r, ahead, x, pack_bytes(k), from, to, part, sum + r);
+      bf16_steps<R, M>(w + r * ldw, ldw, tail + r, ahead, keep, x, pack_bytes(k), from, to, part, sum + r);
     }
     for (int r = R * part; r < rows; ++r)
-      bf16_steps<1, M>(w + r * ldw, ldw, tail + r, nullptr, x, pack_bytes(k), from, to, 1, sum + r);
+      bf16_steps<1, M>(w + r * ldw, ldw, tail + r, nullptr, keep, x, pack_bytes(k), from, to, 1, sum + r);
   }
   for (int i = 0; i < M; ++i) V::close(&sum[0][i], kFewRows, rows, out + i * ldo);
 }

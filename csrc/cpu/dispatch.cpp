@@ -21,17 +21,32 @@ const Kernels& with_what_there_is(const Kernels& k) {
   return has_avx512_bf16() ? k : without;
 }
 
+const Kernels& with(const Kernels& k, void (*use)(Kernels&)) {
+  static const Kernels changed = [&] {
+    Kernels copy = k;
+    use(copy);
+    return copy;
+  }();
+  return changed;
+}
+
 }  // namespace
 #endif
 
 const Kernels& kernels() {
   switch (chosen_isa()) {
 #if defined(GEMMA_NATIVE_X86)
+#if defined(GEMMA_NATIVE_AMX)
+    case Isa::amx:
+      return with(kAvx512Kernels, use_amx);
+#endif
     case Isa::avx512:
       return with_what_there_is(kAvx512Kernels);
 #if defined(GEMMA_NATIVE_EMULATOR)
     case Isa::avx512_emulated:
       return with_what_there_is(kAvx512EmulatedKernels);
+    case Isa::amx_emulated:
+      return with(kAvx512EmulatedKernels, use_emulated_amx);
 #endif
     case Isa::avx2:
       return has_avx_vnni() ? kAvxVnniKernels : kAvx2Kernels;

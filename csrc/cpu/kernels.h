@@ -89,6 +89,12 @@ struct Kernels {
   bool (*bf16)(const uint16_t* w, int64_t ldw, int rows, int64_t k, const void* x, int64_t first, int m, int64_t n,
                Packed packed, const uint16_t* next, uint8_t* scratch, float* out, int64_t ldo);
   int64_t (*bf16_scratch)(int64_t k);
+  // What the amx level has in place of `bf16`, null elsewhere: tile[row][32] (+)= `rows` weight rows in file order (at most kBf16Rows) times m
+  // (at most kActChunk) activation rows from `first` on, over values [at, at + count) along K, where `at` is a multiple of 32, 0 starts
+  // the sums, and `count` is too unless the rows end there. `scratch`, of bf16_scratch(count) bytes, keeps what of the weights several chunks of
+  // rows need; `unpacked`: an earlier call, for 64 rows, has put it there.
+  void (*tiles)(const uint16_t* w, int64_t ldw, int rows, int64_t k, int64_t at, int64_t count, const void* x,
+                int64_t first, int m, bool unpacked, uint8_t* scratch, float* tile);
 
   void (*geglu)(const float* gate, const float* up, int64_t n, float* out);  // gelu_tanh(gate) * up
   void (*add)(float* x, const float* y, int64_t n);                          // x += y
@@ -128,6 +134,9 @@ extern const Kernels kAvx2Kernels;
 extern const Kernels kAvxVnniKernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx512EmulatedKernels;  // for tests without the instructions: emulator/avx512.h
+// Puts products by tiles into a table of the AVX-512 level.
+void use_amx(Kernels& kernels);
+void use_emulated_amx(Kernels& kernels);  // emulator/amx.h
 #endif
 
 const Kernels& kernels();  // of chosen_isa()

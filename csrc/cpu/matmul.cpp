@@ -160,6 +160,34 @@ void bf16_product(const Kernels& kernels, const Activations& x, const Panel* pan
   }
 }
 
+// Room for the tiles of kGroup panels times kMaxRows rows.
+float* tile_sums() {
+  static thread_local Memory room;
+  room.grow(kMaxRows / kActChunk * kGroup * kTile * sizeof(float));
+  return reinterpret_cast<float*>(room.data());
+}
+
+// The same on the amx level, for rows [from, to) at once: tiles[chunk][kGroup panels]. A span of the weights meets all of them before the
+// next one, since it is unpacked for that and should stay in the second-level cache.
+void tile_product(const Kernels& kernels, const Activations& x, const Panel* panels, int count, int64_t from,
+                  int64_t to, float* tiles) {
+  static thread_local Memory scratch;
+  constexpr int64_t kSpan = 2048;
+  const size_t room = kernels.bf16_scratch(kSpan);
+  scratch.grow(1u << 20);  // enough for a huge page
+  scratch.grow(kGroup * room);
+  const int64_t k = panels[0].w->cols;
+  for (int64_t at = 0; at < k; at += kSpan)
+    for (int64_t m0 = from; m0 < to; m0 += kActChunk)
+      for (int p = 0; p < count; ++p) {
+        const uint16_t* rows = panels[p].bf16();
+        if (!rows) continue;
+        kernels.tiles(rows, k, panels[p].rows(), k, at, std::min(kSpan, k - at), x.packed(), m0,
+                      static_cast<int>(std::min<int64_t>(kActChunk, x.n - m0)), m0 > from, scratch.data() + p * room,
+                      tiles + ((m0 - from) / kActChunk * kGroup + p) * kTile);
+      }
+}
+
 // The same of quantised weights, of which nothing is kept between calls. Few rows wait for memory, so that they ask for what comes after
 // each panel.
 void quant_product(const Kernels& kernels, const Activations& x, const Panel* panels, int count, int64_t m0,
@@ -181,15 +209,18 @@ void quant_product(const Kernels& kernels, const Activations& x, const Panel* pa
 template <class At, class Done>
 void each_product(const Kernels& kernels, ThreadPool& pool, const Activations& x, int64_t total, int each, size_t bytes,
                   At at, Done done) {
-  const int group = x.n < kManyRows || x.bf16() ? each : kGroup;
+  const bool tiled = kernels.tiles && x.bf16();
+  const int group = x.n < kManyRows || (x.bf16() && !tiled) ? each : kGroup;
   // Rows of activations that a sweep over the weights takes: as many as stay in a share of the last cache.
   constexpr size_t kCache = 8u << 20;
-  const int64_t sweep = std::max<int64_t>(1, static_cast<int64_t>(kCache / x.row_bytes()) / kActChunk) * kActChunk;
+  const int64_t cached = std::max<int64_t>(1, static_cast<int64_t>(kCache / x.row_bytes()) / kActChunk) * kActChunk;
+  const int64_t sweep = tiled ? kMaxRows : cached;
   const int64_t grain =
       std::max(grain_of(pool, bytes, total), std::min<int64_t>(group / each, total / (4 * pool.size())));
   for (int64_t from = 0; from < x.n; from += sweep)
     pool.parallel_for(total, grain, [&](int64_t begin, int64_t end, int thread) {
-      alignas(64) float tiles[kGroup * kTile];
+      alignas(64) float few[kGroup * kTile];
+      float* const tiles = tiled ? tile_sums() : few;
       Panel panels[kGroup + 2];  // and those after the group
       bool begun[kGroup] = {};
       const int64_t to = std::min(x.n, from + sweep);
@@ -201,11 +232,14 @@ void each_product(const Kernels& kernels, ThreadPool& pool, const Activations& x
           at(i + count, panels + count * each);
         else
           std::fill_n(panels + count * each, each, Panel{});
-        for (int64_t m0 = from; m0 < to; m0 += kActChunk) {
+        if (tiled) tile_product(kernels, x, panels, count * each, from, to, tiles);
+        float* chunk = tiles;
+        for (int64_t m0 = from; m0 < to; m0 += kActChunk, chunk += tiled ? kGroup * kTile : 0) {
           const int m = static_cast<int>(std::min<int64_t>(kActChunk, x.n - m0));
-          if (x.bf16()) bf16_product(kernels, x, panels, count * each, m0, m, m0 == from, m0 + m == to, begun, tiles);
-          if (x.quant()) quant_product(kernels, x, panels, count * each, m0, tiles);
-          for (int j = 0; j < count; ++j) done(i + j, panels + j * each, m0, m, tiles + j * each * kTile);
+          if (x.bf16() && !tiled)
+            bf16_product(kernels, x, panels, count * each, m0, m, m0 == from, m0 + m == to, begun, chunk);
+          if (x.quant()) quant_product(kernels, x, panels, count * each, m0, chunk);
+          for (int j = 0; j < count; ++j) done(i + j, panels + j * each, m0, m, chunk + j * each * kTile);
         }
       }
     });

@@ -1,4 +1,4 @@
-// Vectors of 16 floats: AVX-512 F, BW, DQ, VL with VNNI, and BF16 for products with bf16 weights. Included by kernels_avx512.cpp alone.
+// Vectors of 16 floats: AVX-512 F, BW, DQ, VL with VNNI, and BF16 for products with bf16 weights. Included by kernels_avx512.cpp and kernels_amx.cpp.
 #pragma once
 #include <immintrin.h>
 
@@ -123,6 +123,7 @@ struct V {
   static B or_pair(B x, B plane) {
     return _mm512_ternarylogic_epi32(x, _mm512_srli_epi16(plane, 2 * PAIR), _mm512_set1_epi8(3), 0xf8);
   }
+  static B sub8(B x, int n) { return _mm512_sub_epi8(x, _mm512_set1_epi8(static_cast<char>(n))); }
   static I bytes4(const int8_t* p) {
     int32_t x;
     std::memcpy(&x, p, 4);
@@ -196,10 +197,13 @@ struct V {
   static void to_columns(const float* x, Column* c) { pack32(x, c); }
   // Values at to at + 7 of 4 rows.
   static I column(const uint16_t* const* rows, int64_t at) {
-    auto load = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i] + at)); };
-    I x = _mm512_inserti32x4(_mm512_castsi128_si512(load(0)), load(1), 1);
-    x = _mm512_inserti32x4(x, load(2), 2);
-    return _mm512_inserti32x4(x, load(3), 3);
+    return quarters(rows[0] + at, rows[1] + at, rows[2] + at, rows[3] + at);
+  }
+  static I quarters(const uint16_t* a, const uint16_t* b, const uint16_t* c, const uint16_t* d) {
+    auto load = [](const uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); };
+    I x = _mm512_inserti32x4(_mm512_castsi128_si512(load(a)), load(b), 1);
+    x = _mm512_inserti32x4(x, load(c), 2);
+    return _mm512_inserti32x4(x, load(d), 3);
   }
   using Part = I;
   template <int>
@@ -215,6 +219,16 @@ struct V {
     const F w0 = add(_mm512_shuffle_ps(v[0], v[1], 0x44), _mm512_shuffle_ps(v[0], v[1], 0xee));
     const F w1 = add(_mm512_shuffle_ps(v[2], v[3], 0x44), _mm512_shuffle_ps(v[2], v[3], 0xee));
     return add(_mm512_shuffle_ps(w0, w1, 0x88), _mm512_shuffle_ps(w0, w1, 0xdd));
+  }
+
+  // x[i], lane 4 g + q: x[q], lane 4 g + i.
+  static void transpose4(F* x) {
+    const F a = _mm512_shuffle_ps(x[0], x[1], 0x44), b = _mm512_shuffle_ps(x[0], x[1], 0xee);
+    const F c = _mm512_shuffle_ps(x[2], x[3], 0x44), d = _mm512_shuffle_ps(x[2], x[3], 0xee);
+    x[0] = _mm512_shuffle_ps(a, c, 0x88);
+    x[1] = _mm512_shuffle_ps(a, c, 0xdd);
+    x[2] = _mm512_shuffle_ps(b, d, 0x88);
+    x[3] = _mm512_shuffle_ps(b, d, 0xdd);
   }
 
   // bf16 pairs: a = even elements, b = odd elements of 32 values.
