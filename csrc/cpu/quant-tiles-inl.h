@@ -1,6 +1,6 @@
-// Many rows of activations times quantised weights by AMX, where a block has one scale on either side: its instruction takes 16 rows of each
-// and a whole block in the time of two vectors of products. Integer sums are exact and all else is as elsewhere, so the results are those of
-// ManyRows. Part of tiles-inl.h.
+// Many rows of activations times quantised weights by AMX, where a block has one scale on either side: its instruction multiplies a block of
+// 16 rows by one of 16 rows in a quarter of the time that dot products of vectors take. Integer sums are exact and all else is as elsewhere, so
+// the results are those of ManyRows. Part of tiles-inl.h.
 //
 // What is left to vectors, a conversion, a product of scales and a multiply-add for 16 sums, is most of the time: while tiles are in use
 // they have one port instead of two (measured on Emerald Rapids). So a block in two parts, with twice as much of that, gains nothing.
