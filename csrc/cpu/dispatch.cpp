@@ -7,28 +7,25 @@ namespace gemma {
 #if defined(GEMMA_NATIVE_X86)
 namespace {
 
-// The AVX-512 level with bf16 products by multiply-adds, as the avx2 level computes them: to its bits.
-Kernels without_bf16(Kernels k) {
-  k.pack = kAvx2Kernels.pack;
-  k.pack_bytes = kAvx2Kernels.pack_bytes;
-  k.bf16 = kAvx2Kernels.bf16;
-  k.peak_bf16 = kAvx2Kernels.peak_bf16;
-  return k;
-}
-
-const Kernels& with_what_there_is(const Kernels& k) {
-  static const Kernels without = without_bf16(k);
-  return has_avx512_bf16() ? k : without;
-}
-
-const Kernels& with(const Kernels& k, void (*use)(Kernels&)) {
+// A table of the AVX-512 level, changed. One process has one level, and so at most one such table.
+const Kernels& with(const Kernels& k, void (*change)(Kernels&)) {
   static const Kernels changed = [&] {
     Kernels copy = k;
-    use(copy);
+    change(copy);
     return copy;
   }();
   return changed;
 }
+
+// bf16 products by multiply-adds, as the avx2 level computes them: to its bits.
+void use_multiply_adds(Kernels& k) {
+  k.pack = kAvx2Kernels.pack;
+  k.pack_bytes = kAvx2Kernels.pack_bytes;
+  k.bf16 = kAvx2Kernels.bf16;
+  k.peak_bf16 = kAvx2Kernels.peak_bf16;
+}
+
+const Kernels& with_what_there_is(const Kernels& k) { return has_avx512_bf16() ? k : with(k, use_multiply_adds); }
 
 }  // namespace
 #endif

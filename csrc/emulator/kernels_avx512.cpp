@@ -1,13 +1,6 @@
 // The kernels of the AVX-512 level on CPUs that have AVX2 alone, for tests: GEMMA_NATIVE_ISA=avx512-emulated.
 #define GEMMA_ISA isa_avx512_emulated
-#define GEMMA_EMULATED_AVX512
-#include "avx512.h"
-namespace gemma {
-namespace GEMMA_ISA {
-using namespace emulated;
-}
-}  // namespace gemma
-#include "../cpu/vec_avx512.h"
+#include "vec_avx512.h"
 // (The bodies come after the vector type that they are written over.)
 #include "../cpu/kernels-inl.h"
 
