@@ -215,7 +215,7 @@ def test_bf16_weights_packed_in_passing(rows: int, k: int) -> None:
 def test_more_rows_than_a_sweep() -> None:
     """The amx level sums up to 512 rows of a panel at a time."""
     rng = np.random.default_rng(3)
-    rows, k, m = 170, 72, 1100
+    rows, k, m = 1300, 72, 1100
     data = (rng.standard_normal((rows, k)).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16).tobytes()
     x = rng.standard_normal((m, k)).astype(np.float32)
     y = T.product("BF16", data, rows, k, x, threads=2)
