@@ -111,7 +111,7 @@ def measure(engine: Engine, what: str, n: int, args: argparse.Namespace, salt: i
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    context = max([n for n in args.prefill] + [n + args.tokens for n in args.decode + args.generate]) + 8
+    context = max(args.prefill + [n + args.tokens + 8 for n in args.decode + args.generate])
     sources = sources_of(args)
     engines: list[Engine] = []
     ceilings: Engine | None = None
