@@ -85,17 +85,7 @@ void attend_rows(const float* q, int64_t e, const void* k, const void* v, const 
       for (int i = begin; i < end; i += W) V::store(&p[r][i], V::zero());
       continue;
     }
-    // Vectors outside [begin, end) would add exact zeros: skipping them keeps the sum's order.
-    F m = V::load(&p[r][begin]);
-    for (int i = begin + W; i < end; i += W) m = V::max(m, V::load(&p[r][i]));
-    max[r] = V::max_of(m);
-    F s = V::zero();
-    for (int i = begin; i < end; i += W) {
-      F x = exp(V::sub(V::load(&p[r][i]), V::set(max[r])));
-      V::store(&p[r][i], x);
-      s = V::add(s, x);
-    }
-    sum[r] = V::sum(s);
+    softmax(p[r], begin, end, &max[r], &sum[r]);
   }
   for (int64_t d = 0; d < e; d += 32)
     for (int i = 0; i < 16 / W; ++i) {
@@ -129,31 +119,20 @@ void attend_rows(const float* q, int64_t e, const void* k, const void* v, const 
 
 constexpr int kRowTile = W == 16 ? 8 : 4;  // query rows whose sums fit the registers
 
-template <bool F32>
+template <bool F32, int R = kRowTile>
 void attend_any(const float* q, int rows, int64_t e, const void* k, const void* v, const void* next, const int* lo,
                 const int* hi, float c, float* max, float* sum, float* out) {
-  for (int r = 0; r < rows;) {
-    const int n = rows - r;
-    const float* qr = q + r * e;
-    float* o = out + r * e;
-    if (n >= 8 && kRowTile >= 8) {
-      attend_rows<F32, kRowTile>(qr, e, k, v, next, lo + r, hi + r, c, max + r, sum + r, o);
-      r += kRowTile;
-    } else if (n >= 4) {
-      attend_rows<F32, 4>(qr, e, k, v, next, lo + r, hi + r, c, max + r, sum + r, o);
-      r += 4;
-    } else if (n >= 2) {
-      attend_rows<F32, 2>(qr, e, k, v, next, lo + r, hi + r, c, max + r, sum + r, o);
-      r += 2;
-    } else {
-      attend_rows<F32, 1>(qr, e, k, v, next, lo + r, hi + r, c, max + r, sum + r, o);
-      r += 1;
-    }
-  }
+  int r = 0;
+  // The same keys come next unless these rows are the last.
+  for (; r + R <= rows; r += R)
+    attend_rows<F32, R>(q + r * e, e, k, v, r + R < rows ? k : next, lo + r, hi + r, c, max + r, sum + r, out + r * e);
+  if constexpr (R > 1)
+    attend_any<F32, R / 2>(q + r * e, rows - r, e, k, v, next, lo + r, hi + r, c, max + r, sum + r, out + r * e);
 }
 
-void attend(bool f32, const float* q, int rows, int64_t e, const void* k, const void* v, const void* next,
+void attend(bool f32, const void* queries, int rows, int64_t e, const void* k, const void* v, const void* next,
             const int* lo, const int* hi, float c, float* max, float* sum, float* out) {
+  const auto* q = static_cast<const float*>(queries);
   if (f32)
     attend_any<true>(q, rows, e, k, v, next, lo, hi, c, max, sum, out);
   else

@@ -123,7 +123,7 @@ class CpuBackend final : public Backend {
     const auto attend = [&](int64_t i, bool more, float* block) {
       const Tile& t = tiles[i];
       TileState state(e);
-      float rows_q[kQueryRows * kMaxHeadDim];
+      float* const rows_q = block + kQueryRows * e;
       load_queries(c, t, q.data, e, rows_q);
       const void* after = more && i + 1 < count ? first_keys(w, tiles[i + 1]) : nullptr;
       for (int64_t b = t.first_block; b < t.end_block; ++b) {
@@ -142,7 +142,7 @@ class CpuBackend final : public Backend {
       acts_.reserve(kernels_, {w.o.get()}, rows.n, width);
       const int64_t each = count / rows.n;  // tiles of a row
       pool_.parallel_for(rows.n, 1, [&](int64_t begin, int64_t end, int thread) {
-        std::vector<float> block(kQueryRows * e);
+        std::vector<float> block((kQueryRows + kQueryRoom) * e);
         for (int64_t r = begin; r < end; ++r) {
           if (left.w) rotate_and_store(c, w, rows.spans[r], r, q.data);
           const bool more = r + 1 < end || pool_.has_more(thread);
@@ -155,7 +155,7 @@ class CpuBackend final : public Backend {
     rotate_and_store(c, q.data);
     if (fill_threads(count)) {
       pool_.parallel_for(count, 1, [&](int64_t begin, int64_t end, int) {
-        std::vector<float> block(kQueryRows * e);
+        std::vector<float> block((kQueryRows + kQueryRoom) * e);
         for (int64_t i = begin; i < end; ++i) attend(i, i + 1 < end, block.data());
       });
     } else {
@@ -383,8 +383,8 @@ class CpuBackend final : public Backend {
     const int64_t count = static_cast<int64_t>(tiles.size()), e = (c.head_dim + 31) / 32 * 32;
     grow(partial_, count * most_blocks * kQueryRows * e);
     std::vector<Part> parts(count * most_blocks);
-    std::vector<float> queries(count * kQueryRows * e);
-    for (int64_t i = 0; i < count; ++i) load_queries(c, tiles[i], q.data, e, queries.data() + i * kQueryRows * e);
+    std::vector<float> queries(count * kQueryRoom * e);
+    for (int64_t i = 0; i < count; ++i) load_queries(c, tiles[i], q.data, e, queries.data() + i * kQueryRoom * e);
     // Runs of blocks, since each call fetches the next block's keys.
     const int64_t run = std::clamp<int64_t>(count * most_blocks / (4 * pool_.size()), 1, 8);
     pool_.parallel_for(count * most_blocks, run, [&](int64_t begin, int64_t end, int) {
@@ -392,7 +392,7 @@ class CpuBackend final : public Backend {
         const Tile& t = tiles[j / most_blocks];
         const int64_t b = t.first_block + j % most_blocks;
         if (b < t.end_block)
-          parts[j] = attend_block(c, w, t, queries.data() + j / most_blocks * kQueryRows * e, e, b, nullptr,
+          parts[j] = attend_block(c, w, t, queries.data() + j / most_blocks * kQueryRoom * e, e, b, nullptr,
                                   partial_.data() + j * kQueryRows * e);
       }
     });
@@ -406,13 +406,18 @@ class CpuBackend final : public Backend {
     }
   }
 
-  static void load_queries(const Config& c, const Tile& t, const float* q, int64_t e, float* out) {
+  // Queries as the kernel takes them, from room for them as they are.
+  static constexpr int kQueryRoom = kQueryRows * 5 / 2;  // times e floats
+  void load_queries(const Config& c, const Tile& t, const float* q, int64_t e, float* out) const {
     const int64_t E = c.head_dim, per_group = c.num_heads / c.num_kv_heads;
+    const bool as_they_are = !kernels_.queries || static_cast<const CpuKv&>(*t.span->kv).f32();
+    float* const to = as_they_are ? out : out + kQueryRows * e * 3 / 2;
     for (int r = 0; r < t.rows; ++r) {
       const int64_t i = t.first + r, row = t.span->row + i / per_group, head = t.group * per_group + i % per_group;
-      std::memcpy(out + r * e, q + (row * c.num_heads + head) * E, E * sizeof(float));
-      std::fill(out + r * e + E, out + (r + 1) * e, 0.0f);
+      std::memcpy(to + r * e, q + (row * c.num_heads + head) * E, E * sizeof(float));
+      std::fill(to + r * e + E, to + (r + 1) * e, 0.0f);
     }
+    if (!as_they_are) kernels_.queries(to, t.rows, e, out);
   }
 
   static const void* first_keys(const LayerWeights& w, const Tile& t) {

@@ -56,8 +56,8 @@ struct ScanScale {
   float energy[2];
 };
 
-constexpr int kQueryRows = 8;  // query rows that attend_block takes at most
-constexpr int kKeys = 64;      // keys a block, kKeyBlock of backend.h
+constexpr int kQueryRows = 16;  // query rows that `attend` takes at most
+constexpr int kKeys = 64;       // keys a block, kKeyBlock of backend.h
 
 struct Kernels {
   const char* name;
@@ -104,11 +104,13 @@ struct Kernels {
   // max and sum of exp(x - max)
   void (*log_sum)(const float* x, int64_t n, float* max, float* sum);
 
-  // One block of up to 64 keys against `rows` query rows (row i at q + i * e; e a multiple of 32, padded with zeros).
-  // Row i sees keys [lo[i], hi[i]) of the block; where that is empty its outputs are left alone. Layouts: see CpuKv.
+  // What the amx level needs before `attend` of keys and values of bf16, null elsewhere: 1.5 * rows * e floats at `out`, which it takes as queries.
+  void (*queries)(const float* q, int rows, int64_t e, void* out);
+  // One block of 64 keys against `rows` query rows (row i at q + i * e floats, e a multiple of 32, padded with zeros; or what `queries` made).
+  // Row i sees keys [lo[i], hi[i]) of the block; where that is empty its outputs mean nothing. Layouts: see CpuKv.
   // max[i], sum[i], out[i * e ...]: softmax numerators of this block from its own maximum. `next`: keys that the caller will want
   // after these, or null.
-  void (*attend)(bool kv_f32, const float* q, int rows, int64_t e, const void* k, const void* v, const void* next,
+  void (*attend)(bool kv_f32, const void* q, int rows, int64_t e, const void* k, const void* v, const void* next,
                  const int* lo, const int* hi, float softcap, float* max, float* sum, float* out);
   // (max, sum, acc) of a row := itself joined with one more block. Start from max = -inf, sum = 0, acc = 0.
   void (*fold)(float* max, float* sum, float* acc, float block_max, float block_sum, const float* block, int64_t e);

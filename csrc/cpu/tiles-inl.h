@@ -4,6 +4,8 @@
 #include "bf16-tiles-inl.h"
 #include "quant-tiles-inl.h"
 
+#include "attention-tiles-inl.h"
+
 namespace gemma {
 namespace GEMMA_ISA {
 
@@ -16,6 +18,9 @@ void use_tiles(Kernels& k) {
   k.bf16_scratch = tile_room;
   k.tiles = tiles;
   k.peak_bf16 = tile_peak;
+  other_attend = k.attend;
+  k.attend = tile_attend;
+  k.queries = tile_queries;
 }
 
 }  // namespace GEMMA_ISA
