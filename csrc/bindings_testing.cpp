@@ -10,6 +10,7 @@
 #include "bindings.h"
 #include "cpu/head.h"
 #include "cpu/kernels.h"
+#include "cpu/kv.h"
 #include "cpu/matmul.h"
 #include "cpu/threads.h"
 #if defined(GEMMA_NATIVE_EMULATOR)
@@ -46,6 +47,32 @@ py::array_t<float> test_product(const std::string& type, const py::buffer& data,
                        matmul(kernels(), pool, acts, {{&w, y.mutable_data(), w.rows}});
                        return y;
                      });
+}
+
+// max[rows], sum[rows] and out[rows, dim] of one block of keys k[64, dim] and values v[64, dim], of which row i of q sees those from
+// lo[i] to hi[i] - 1.
+py::tuple test_attend(const FloatArray& q, const FloatArray& k, const FloatArray& v, const std::vector<int>& lo,
+                      const std::vector<int>& hi, float softcap, bool f32) {
+  const int64_t n = static_cast<int64_t>(lo.size()), dim = q.size() / std::max<int64_t>(1, n), e = (dim + 31) / 32 * 32;
+  GEMMA_CHECK(n >= 1 && n <= kQueryRows && hi.size() == lo.size() && q.size() == n * dim && dim % 2 == 0 &&
+                  k.size() == kKeys * dim && v.size() == kKeys * dim,
+              "q must be [n, dim], k and v [64, dim], lo and hi [n]");
+  Config c;
+  c.num_kv_heads = 1;
+  c.head_dim = dim;
+  CpuKv kv(c, {f32, {0}, kKeys});
+  kv.reserve(kKeys);
+  for (int64_t i = 0; i < kKeys; ++i) kv.write(0, 0, i, k.data() + i * dim, v.data() + i * dim);
+  std::vector<float> rows(n * e), queries(n * e * 3 / 2), result(n * e, NAN);
+  for (int64_t i = 0; i < n * dim; ++i) rows[i / dim * e + i % dim] = q.data()[i];
+  const bool other = kernels().queries && !f32;
+  if (other) kernels().queries(rows.data(), static_cast<int>(n), e, queries.data());
+  py::array_t<float> max(n), sum(n), out({n, dim});
+  kernels().attend(f32, other ? queries.data() : rows.data(), static_cast<int>(n), e, kv.keys(0, 0, 0),
+                   kv.values(0, 0, 0), nullptr, lo.data(), hi.data(), softcap, max.mutable_data(), sum.mutable_data(),
+                   result.data());
+  for (int64_t i = 0; i < n * dim; ++i) out.mutable_data()[i] = result[i / dim * e + i % dim];
+  return py::make_tuple(max, sum, out);
 }
 
 // The same for a head of a type that can be scanned, and the rows of one chunk.
@@ -206,6 +233,8 @@ void add_testing(py::module_& m) {
         py::arg("calls") = 2);
   t.def("head_bounds", test_bounds, py::arg("dtype"), py::arg("data"), py::arg("rows"), py::arg("cols"), py::arg("x"),
         py::arg("fine"), py::arg("apart"));
+  t.def("attend", test_attend, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("lo"), py::arg("hi"),
+        py::arg("softcap") = 0.0f, py::arg("f32") = false);
   t.def("pieces", test_pieces, py::arg("threads"), py::arg("count"), py::arg("grain"), py::arg("fail") = -1);
   t.def("tile",
         [](const std::string& n, const py::bytes& d, int64_t r, int64_t c) { return test_tile(n, d, r, c, false); });

@@ -10,6 +10,7 @@ import zlib
 import gguf
 import numpy as np
 import pytest
+import reference
 
 from gemma_native import _native, packed
 
@@ -520,3 +521,29 @@ def test_extreme_values() -> None:
     gelu = T.geglu(x, np.ones_like(x))
     assert np.isnan(gelu[-1]) and (np.abs(gelu[:3]) < 1e-6).all() and gelu[5] == 0
     np.testing.assert_allclose(gelu[7:11], x[7:11], rtol=1e-6)
+
+
+@pytest.mark.parametrize("f32", [False, True], ids=["bf16", "f32"])
+@pytest.mark.parametrize("size", [0.3, 3.0])
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 16])
+@pytest.mark.parametrize("dim", [8, 40, 256])
+def test_attention_to_a_block(dim: int, rows: int, size: float, f32: bool) -> None:
+    """Scores of about `size`, against float64: as exact as sums in float32, also where the hardware multiplies bf16 values alone."""
+    rng = np.random.default_rng(dim + rows)
+    q = (size * rng.standard_normal((rows, dim))).astype(np.float32)
+    k = (rng.standard_normal((64, dim)) / np.sqrt(dim)).astype(np.float32)
+    v = (1 + rng.standard_normal((64, dim))).astype(np.float32)
+    if not f32:
+        k, v = reference.round_bf16(k), reference.round_bf16(v)
+    lo, hi = rng.integers(0, 30, rows), rng.integers(31, 65, rows)
+    lo[0], hi[-1] = 0, 64
+    for cap in (0.0, 5.0):
+        top, total, out = T.attend(q, k, v, list(lo), list(hi), cap, f32)
+        s = q.astype(np.float64) @ k.T.astype(np.float64)
+        s = cap * np.tanh(s / cap) if cap else s
+        s[(np.arange(64) < lo[:, None]) | (np.arange(64) >= hi[:, None])] = -np.inf
+        bound = 4 * EPS * np.linalg.norm(q, axis=1) * np.linalg.norm(k, axis=1).max()  # of a score's error
+        assert (np.abs(top - s.max(1)) <= bound).all()
+        p = np.exp(s - top[:, None])
+        assert (np.abs(total - p.sum(1)) <= (bound + 8 * EPS) * p.sum(1)).all()
+        assert (np.abs(out - p @ v) <= (bound + 8 * EPS)[:, None] * (p @ np.abs(v))).all()
