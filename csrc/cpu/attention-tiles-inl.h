@@ -2,6 +2,10 @@
 // values of bf16, which are multiplied one after another. Part of tiles-inl.h; for the layouts see attention-inl.h.
 #pragma once
 
+#include <algorithm>
+#include <cstring>
+
+#include "bf16-tiles-inl.h"
 #include "common-inl.h"
 #include "functions-inl.h"
 #include "kernels.h"
@@ -10,10 +14,9 @@ namespace gemma {
 namespace GEMMA_ISA {
 
 constexpr int kThirds = 3;
-constexpr int kRowOfTile = 64;  // bytes
 // Sixteen numerators in words of two bf16 values, of which the lower (0) or the upper one (1) is zero: a word of values has dimensions i and
 // i + 16, so that either takes a product of its own.
-using Words = uint8_t[kKeys / kTile][2][kThirds][kQueryRows][kRowOfTile];
+using Words = uint8_t[kKeys / kTile][2][kThirds][kQueryRows][kRowBytes];
 
 // x = the sum of the parts, in order of size; the lower halves of their bits are zeros.
 GEMMA_INLINE void split(F x, F* part) {
@@ -26,7 +29,7 @@ GEMMA_INLINE void split(F x, F* part) {
 // As [e / 32][third][row][32] bf16 values.
 void tile_queries(const float* q, int rows, int64_t e, void* out) {
   auto* to = static_cast<uint8_t*>(out);
-  for (int64_t d = 0; d < e; d += kBlock, to += kThirds * rows * kRowOfTile)
+  for (int64_t d = 0; d < e; d += kBlock, to += kThirds * rows * kRowBytes)
     for (int r = 0; r < rows; ++r) {
       F lower[kThirds], upper[kThirds];
       split(V::load(q + r * e + d), lower);
@@ -35,7 +38,7 @@ void tile_queries(const float* q, int rows, int64_t e, void* out) {
         float part[kBlock];
         V::store(part, lower[i]);
         V::store(part + W, upper[i]);
-        V::pack32(part, to + (i * rows + r) * kRowOfTile);
+        V::pack32(part, to + (i * rows + r) * kRowBytes);
       }
     }
 }
@@ -43,11 +46,16 @@ void tile_queries(const float* q, int rows, int64_t e, void* out) {
 // Tiles 0 to 3 are sums of `rows` rows, 4 to 6 have the thirds of what they multiply, and 7 has keys or values.
 inline void configure_rows(int rows) {
   TileConfig c;
-  for (int t = 0; t < 7; ++t) c.shape(t, rows, kRowOfTile);
-  c.shape(7, kTile, kRowOfTile);
+  for (int t = 0; t < 7; ++t) c.shape(t, rows, kRowBytes);
+  c.shape(7, kTile, kRowBytes);
   tile_configure(c);
 }
 
+GEMMA_INLINE void load_thirds(const uint8_t* p, int64_t third) {
+  tile_load<4>(p, kRowBytes);
+  tile_load<5>(p + third, kRowBytes);
+  tile_load<6>(p + 2 * third, kRowBytes);
+}
 template <int SUM>
 GEMMA_INLINE void dot_thirds() {
   tile_dot_bf16<SUM, 4, 7>();
@@ -58,44 +66,36 @@ GEMMA_INLINE void dot_thirds() {
 template <int... GROUP>
 GEMMA_INLINE void scores(const uint8_t* q, int rows, int64_t e, const uint8_t* k, float (*p)[kKeys]) {
   (tile_zero<GROUP>(), ...);
-  for (int64_t d = 0; d < e; d += kBlock, q += kThirds * rows * kRowOfTile, k += kTileBytes) {
-    tile_load<4>(q, kRowOfTile);
-    tile_load<5>(q + rows * kRowOfTile, kRowOfTile);
-    tile_load<6>(q + 2 * rows * kRowOfTile, kRowOfTile);
-    ((tile_load<7>(k + GROUP * kTile * e * 2, kRowOfTile), dot_thirds<GROUP>()), ...);
+  for (int64_t d = 0; d < e; d += kBlock, q += kThirds * rows * kRowBytes, k += kTileBytes) {
+    load_thirds(q, rows * kRowBytes);
+    ((tile_load<7>(k + GROUP * kTile * e * 2, kRowBytes), dot_thirds<GROUP>()), ...);
   }
   (tile_store<GROUP>(p[0] + GROUP * kTile, sizeof(p[0])), ...);
 }
 
 // out[row][32] = the sum of 32 dimensions of 64 values, weighed by `w`, which begins with the first row's words.
 GEMMA_INLINE void weigh(const uint8_t* v, const uint8_t* w, float* out, int64_t e) {
-  constexpr int64_t kThird = kQueryRows * kRowOfTile;
+  constexpr int64_t kThird = kQueryRows * kRowBytes;
   tile_zero<0>();
   tile_zero<1>();
-  for (int j = 0; j < kKeys; j += kTile, v += kTileBytes) {
-    tile_load<7>(v, kRowOfTile);
-    tile_load<4>(w, kRowOfTile);
-    tile_load<5>(w + kThird, kRowOfTile);
-    tile_load<6>(w + 2 * kThird, kRowOfTile);
+  for (int j = 0; j < kKeys; j += kTile, v += kTileBytes, w += 2 * kThirds * kThird) {
+    tile_load<7>(v, kRowBytes);
+    load_thirds(w, kThird);
     dot_thirds<0>();
-    w += kThirds * kThird;
-    tile_load<4>(w, kRowOfTile);
-    tile_load<5>(w + kThird, kRowOfTile);
-    tile_load<6>(w + 2 * kThird, kRowOfTile);
+    load_thirds(w + kThirds * kThird, kThird);
     dot_thirds<1>();
-    w += kThirds * kThird;
   }
   tile_store<0>(out, e * sizeof(float));
   tile_store<1>(out + kTile, e * sizeof(float));
 }
 
 // Whether all values of keys [from, to) are numbers.
-inline bool finite(const uint8_t* v, int64_t e, int from, int to) {
+inline bool all_numbers(const uint8_t* v, int64_t e, int from, int to) {
   I any = V::set_i(0);
-  for (int64_t d = 0; d < e; d += kBlock, v += kKeys * kRowOfTile)
+  for (int64_t d = 0; d < e; d += kBlock, v += kKeys * kRowBytes)
     for (int key = from; key < to; ++key)  // an exponent of ones and one more reaches the sign's place
       any =
-          V::or_i(any, V::add_i(V::and_i(V::load_i(v + key * kRowOfTile), V::set_i(0x7f807f80)), V::set_i(0x00800080)));
+          V::or_i(any, V::add_i(V::and_i(V::load_i(v + key * kRowBytes), V::set_i(0x7f807f80)), V::set_i(0x00800080)));
   alignas(64) uint32_t word[W];
   V::store_i(word, any);
   uint32_t all = 0;
@@ -135,17 +135,17 @@ void tile_attend(bool f32, const void* queries, int rows, int64_t e, const void*
   }
   to = std::max(from, to);
   const auto* v = static_cast<const uint8_t*>(values);
-  const bool together = finite(v, e, 0, from) && finite(v, e, to, kKeys);
+  const bool together = all_numbers(v, e, 0, from) && all_numbers(v, e, to, kKeys);
   if (!together) configure_rows(1);
-  for (int64_t d = 0; d < e; d += kBlock, v += kKeys * kRowOfTile) {
+  for (int64_t d = 0; d < e; d += kBlock, v += kKeys * kRowBytes) {
     if (together) {
       weigh(v, words[0][0][0][0], out + d, e);
       continue;
     }
     // 0 * NaN would let a masked value through: each row takes zeros in its place.
     for (int r = 0; r < rows; ++r) {
-      alignas(64) uint8_t seen[kKeys][kRowOfTile] = {};
-      if (lo[r] < hi[r]) std::memcpy(seen[lo[r]], v + lo[r] * kRowOfTile, (hi[r] - lo[r]) * kRowOfTile);
+      alignas(64) uint8_t seen[kKeys][kRowBytes] = {};
+      if (lo[r] < hi[r]) std::memcpy(seen[lo[r]], v + lo[r] * kRowBytes, (hi[r] - lo[r]) * kRowBytes);
       weigh(seen[0], words[0][0][0][r], out + r * e + d, e);
     }
   }

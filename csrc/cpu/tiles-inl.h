@@ -1,10 +1,9 @@
 // The kernels that the amx level has instead of AVX-512's, over the instructions of amx.h.
 #pragma once
 
+#include "attention-tiles-inl.h"
 #include "bf16-tiles-inl.h"
 #include "quant-tiles-inl.h"
-
-#include "attention-tiles-inl.h"
 
 namespace gemma {
 namespace GEMMA_ISA {
