@@ -115,15 +115,15 @@ class CpuBackend final : public Backend {
   // Leaves what it finds as activations too, for project_add.
   void attention(const Config& c, const LayerWeights& w, const Rows& rows, const Buffer& q, Buffer& out) override {
     const std::vector<Tile> tiles = tiles_of(c, w, rows);
-    const int64_t width = c.num_heads * c.head_dim;
+    const int64_t width = c.num_heads * c.head_dim, e = (c.head_dim + 31) / 32 * 32;
     int64_t most_blocks = 0;
     for (const Tile& t : tiles) most_blocks = std::max(most_blocks, t.end_block - t.first_block);
-    const int64_t e = (c.head_dim + 31) / 32 * 32;
+    const int64_t room = tile_floats(tiles, e);
     const int64_t count = static_cast<int64_t>(tiles.size());
     const auto attend = [&](int64_t i, bool more, float* block) {
       const Tile& t = tiles[i];
-      TileState state(e);
-      float* const rows_q = block + kQueryRows * e;
+      TileState state(t.rows * e);
+      float* const rows_q = block + room;
       load_queries(c, t, q.data, e, rows_q);
       const void* after = more && i + 1 < count ? first_keys(w, tiles[i + 1]) : nullptr;
       for (int64_t b = t.first_block; b < t.end_block; ++b) {
@@ -142,11 +142,12 @@ class CpuBackend final : public Backend {
       acts_.reserve(kernels_, {w.o.get()}, rows.n, width);
       const int64_t each = count / rows.n;  // tiles of a row
       pool_.parallel_for(rows.n, 1, [&](int64_t begin, int64_t end, int thread) {
-        std::vector<float> block((kQueryRows + kQueryRoom) * e);
+        const Memory memory((room + query_floats(room)) * sizeof(float));
+        auto* const block = reinterpret_cast<float*>(memory.data());
         for (int64_t r = begin; r < end; ++r) {
           if (left.w) rotate_and_store(c, w, rows.spans[r], r, q.data);
           const bool more = r + 1 < end || pool_.has_more(thread);
-          for (int64_t i = r * each; i < (r + 1) * each; ++i) attend(i, more || i + 1 < (r + 1) * each, block.data());
+          for (int64_t i = r * each; i < (r + 1) * each; ++i) attend(i, more || i + 1 < (r + 1) * each, block);
           acts_.put(kernels_, 0, width, r, 1, out.data + r * width, width);
         }
       });
@@ -155,11 +156,12 @@ class CpuBackend final : public Backend {
     rotate_and_store(c, q.data);
     if (fill_threads(count)) {
       pool_.parallel_for(count, 1, [&](int64_t begin, int64_t end, int) {
-        std::vector<float> block((kQueryRows + kQueryRoom) * e);
-        for (int64_t i = begin; i < end; ++i) attend(i, i + 1 < end, block.data());
+        const Memory memory((room + query_floats(room)) * sizeof(float));
+        auto* const block = reinterpret_cast<float*>(memory.data());
+        for (int64_t i = begin; i < end; ++i) attend(i, i + 1 < end, block);
       });
     } else {
-      attend_in_parts(c, w, tiles, most_blocks, q, out);
+      attend_in_parts(c, w, tiles, most_blocks, room, q, out);
     }
     acts_.prepare(kernels_, pool_, {w.o.get()}, rows.n, width, [&](int64_t i, float*) { return out.data + i * width; });
   }
@@ -248,23 +250,23 @@ class CpuBackend final : public Backend {
   }
 
  private:
-  // Up to kQueryRows query rows of one span that share a key/value head. Row i is token i / per_group, head i % per_group.
+  // Query rows of one span that share a key/value head. Row i is token i / per_group, head i % per_group.
   struct Tile {
     const Span* span;
     int64_t group, first;
     int rows;
     int64_t first_block, end_block;
   };
-  static std::vector<Tile> tiles_of(const Config& c, const LayerWeights& w, const Rows& rows) {
+  std::vector<Tile> tiles_of(const Config& c, const LayerWeights& w, const Rows& rows) const {
     std::vector<Tile> tiles;
     const int64_t per_group = c.num_heads / c.num_kv_heads;
     for (const Span& s : rows.spans)
       for (int64_t g = 0; g < c.num_kv_heads; ++g)
-        for (int64_t i = 0; i < s.count * per_group; i += kQueryRows) {
-          const int n = static_cast<int>(std::min<int64_t>(kQueryRows, s.count * per_group - i));
+        for (int64_t i = 0, n; i < s.count * per_group; i += n) {
+          n = std::min<int64_t>(takes_parts(s) ? kQueryRows : kQueryRows / 2, s.count * per_group - i);
           const int64_t low = s.position + i / per_group, high = s.position + (i + n - 1) / per_group;
           const int64_t first_block = w.window ? std::max<int64_t>(0, low - w.window + 1) / kKeyBlock : 0;
-          tiles.push_back({&s, g, i, n, first_block, high / kKeyBlock + 1});
+          tiles.push_back({&s, g, i, static_cast<int>(n), first_block, high / kKeyBlock + 1});
         }
     return tiles;
   }
@@ -273,7 +275,7 @@ class CpuBackend final : public Backend {
     bool seen[kQueryRows];
   };
   struct TileState {
-    explicit TileState(int64_t e) : acc(kQueryRows * e) {
+    explicit TileState(int64_t floats) : acc(floats) {
       std::fill(max, max + kQueryRows, -std::numeric_limits<float>::infinity());
     }
     void fold(const Kernels& kernels, const Part& p, int rows, const float* block, int64_t e) {
@@ -377,47 +379,56 @@ class CpuBackend final : public Backend {
     }
   }
 
-  // Few rows over many keys: blocks are computed by any thread and joined in order afterwards, with the same bits.
+  // Few rows over many keys: blocks are computed by any thread and joined in order afterwards, with the same bits. `room`: tile_floats.
   void attend_in_parts(const Config& c, const LayerWeights& w, const std::vector<Tile>& tiles, int64_t most_blocks,
-                       const Buffer& q, Buffer& out) {
+                       int64_t room, const Buffer& q, Buffer& out) {
     const int64_t count = static_cast<int64_t>(tiles.size()), e = (c.head_dim + 31) / 32 * 32;
-    grow(partial_, count * most_blocks * kQueryRows * e);
+    partial_.grow(count * most_blocks * room * sizeof(float));
+    queries_.grow(count * query_floats(room) * sizeof(float));
+    const auto partial = [&](int64_t j) { return reinterpret_cast<float*>(partial_.data()) + j * room; };
+    const auto queries = [&](int64_t i) { return reinterpret_cast<float*>(queries_.data()) + i * query_floats(room); };
     std::vector<Part> parts(count * most_blocks);
-    std::vector<float> queries(count * kQueryRoom * e);
-    for (int64_t i = 0; i < count; ++i) load_queries(c, tiles[i], q.data, e, queries.data() + i * kQueryRoom * e);
+    for (int64_t i = 0; i < count; ++i) load_queries(c, tiles[i], q.data, e, queries(i));
     // Runs of blocks, since each call fetches the next block's keys.
     const int64_t run = std::clamp<int64_t>(count * most_blocks / (4 * pool_.size()), 1, 8);
     pool_.parallel_for(count * most_blocks, run, [&](int64_t begin, int64_t end, int) {
       for (int64_t j = begin; j < end; ++j) {
         const Tile& t = tiles[j / most_blocks];
         const int64_t b = t.first_block + j % most_blocks;
-        if (b < t.end_block)
-          parts[j] = attend_block(c, w, t, queries.data() + j / most_blocks * kQueryRoom * e, e, b, nullptr,
-                                  partial_.data() + j * kQueryRows * e);
+        if (b < t.end_block) parts[j] = attend_block(c, w, t, queries(j / most_blocks), e, b, nullptr, partial(j));
       }
     });
     for (int64_t i = 0; i < count; ++i) {
-      TileState state(e);
+      TileState state(tiles[i].rows * e);
       for (int64_t b = 0; b < tiles[i].end_block - tiles[i].first_block; ++b) {
         const int64_t j = i * most_blocks + b;
-        state.fold(kernels_, parts[j], tiles[i].rows, partial_.data() + j * kQueryRows * e, e);
+        state.fold(kernels_, parts[j], tiles[i].rows, partial(j), e);
       }
       finish(c, tiles[i], state, e, out.data);
     }
   }
 
-  // Queries as the kernel takes them, from room for them as they are.
-  static constexpr int kQueryRoom = kQueryRows * 5 / 2;  // times e floats
+  // Whether a kernel takes other queries than the rows as they are (kernels.h).
+  bool takes_parts(const Span& s) const { return kernels_.queries && !static_cast<const CpuKv&>(*s.kv).f32(); }
+  // Of the rows of any of the tiles.
+  static int64_t tile_floats(const std::vector<Tile>& tiles, int64_t e) {
+    int most = 0;
+    for (const Tile& t : tiles) most = std::max(most, t.rows);
+    return most * e;
+  }
+  // Room for queries of so many floats in the form that `attend` takes and, where that is another, behind it for the rows as they are.
+  int64_t query_floats(int64_t floats) const { return kernels_.queries ? floats * 3 / 2 + floats : floats; }
+
   void load_queries(const Config& c, const Tile& t, const float* q, int64_t e, float* out) const {
     const int64_t E = c.head_dim, per_group = c.num_heads / c.num_kv_heads;
-    const bool as_they_are = !kernels_.queries || static_cast<const CpuKv&>(*t.span->kv).f32();
-    float* const to = as_they_are ? out : out + kQueryRows * e * 3 / 2;
+    const bool parts = takes_parts(*t.span);
+    float* const to = parts ? out + t.rows * e * 3 / 2 : out;
     for (int r = 0; r < t.rows; ++r) {
       const int64_t i = t.first + r, row = t.span->row + i / per_group, head = t.group * per_group + i % per_group;
       std::memcpy(to + r * e, q + (row * c.num_heads + head) * E, E * sizeof(float));
       std::fill(to + r * e + E, to + (r + 1) * e, 0.0f);
     }
-    if (!as_they_are) kernels_.queries(to, t.rows, e, out);
+    if (parts) kernels_.queries(to, t.rows, e, out);
   }
 
   static const void* first_keys(const LayerWeights& w, const Tile& t) {
@@ -458,7 +469,8 @@ class CpuBackend final : public Backend {
   HeadScan scan_;
   std::vector<int64_t> positions_;  // of the pass's rows
   std::vector<RopeTable> ropes_;
-  std::vector<float> k_, v_, y_, partial_;
+  std::vector<float> k_, v_, y_;
+  Memory partial_, queries_;
   // Work that waits for the next operation on the same rows, see product_add and qkv.
   const Buffer* post_norm_ = nullptr;  // to be applied to `added_` rows of y_ and added to x
   int64_t added_ = 0;

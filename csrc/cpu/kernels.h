@@ -56,8 +56,9 @@ struct ScanScale {
   float energy[2];
 };
 
-constexpr int kQueryRows = 16;  // query rows that `attend` takes at most
-constexpr int kKeys = 64;       // keys a block, kKeyBlock of backend.h
+constexpr int kQueryRows =
+    16;  // query rows that `attend` takes at most, as many as AMX has in a tile; half of them fit the registers of AVX-512
+constexpr int kKeys = 64;  // keys a block, kKeyBlock of backend.h
 
 struct Kernels {
   const char* name;
@@ -104,7 +105,7 @@ struct Kernels {
   // max and sum of exp(x - max)
   void (*log_sum)(const float* x, int64_t n, float* max, float* sum);
 
-  // What the amx level needs before `attend` of keys and values of bf16, null elsewhere: 1.5 * rows * e floats at `out`, which it takes as queries.
+  // Null but on the amx level. There `attend` of bf16 keys and values takes as q what this makes of the rows, 1.5 * rows * e floats.
   void (*queries)(const float* q, int rows, int64_t e, void* out);
   // One block of 64 keys against `rows` query rows (row i at q + i * e floats, e a multiple of 32, padded with zeros; or what `queries` made).
   // Row i sees keys [lo[i], hi[i]) of the block; where that is empty its outputs mean nothing. Layouts: see CpuKv.

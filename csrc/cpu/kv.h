@@ -47,7 +47,7 @@ class CpuKv final : public KvStore {
     for (size_t l = 0; l < pages_.size(); ++l)
       for (int64_t b = 0; b < blocks(l, ring_[l] ? high : length); ++b) {
         copy->pages_[l].push_back(new_page());
-        std::memcpy(copy->pages_[l].back().get(), pages_[l][b].get(), page_bytes());
+        std::memcpy(aligned(copy->pages_[l].back()), aligned(pages_[l][b]), page_bytes());
       }
     return copy;
   }
@@ -96,6 +96,12 @@ class CpuKv final : public KvStore {
   };
   using Page = std::unique_ptr<uint8_t, Free>;
 
+  // What kernels load lies in one cache line each.
+  static constexpr uintptr_t kAlignment = 64;
+  static uint8_t* aligned(const Page& page) {
+    return page.get() + (kAlignment - reinterpret_cast<uintptr_t>(page.get()) % kAlignment) % kAlignment;
+  }
+
   // Pages of a layer that hold positions [0, length).
   int64_t blocks(size_t layer, int64_t length) const {
     const int64_t n = (length + kKeyBlock - 1) / kKeyBlock;
@@ -104,12 +110,12 @@ class CpuKv final : public KvStore {
   size_t plane_bytes() const { return kKeyBlock * e_ * (f32_ ? 4 : 2); }
   size_t page_bytes() const { return heads_ * 2 * plane_bytes(); }
   Page new_page() const {
-    auto* p = static_cast<uint8_t*>(std::calloc(1, page_bytes()));
+    auto* p = static_cast<uint8_t*>(std::calloc(1, page_bytes() + kAlignment - 1));
     if (!p) throw std::bad_alloc();
     return Page(p);
   }
   uint8_t* page(int64_t layer, int64_t block) const {
-    return pages_[layer][ring_[layer] ? block % (ring_[layer] / kKeyBlock) : block].get();
+    return aligned(pages_[layer][ring_[layer] ? block % (ring_[layer] / kKeyBlock) : block]);
   }
 
   bool f32_;
