@@ -56,8 +56,8 @@ struct ScanScale {
   float energy[2];
 };
 
-constexpr int kQueryRows =
-    16;  // query rows that `attend` takes at most, as many as AMX has in a tile; half of them fit the registers of AVX-512
+// Query rows that `attend` takes at most, as many as AMX has in a tile; half of them fit the registers of AVX-512.
+constexpr int kQueryRows = 16;
 constexpr int kKeys = 64;  // keys a block, kKeyBlock of backend.h
 
 struct Kernels {
@@ -137,7 +137,7 @@ extern const Kernels kAvx2Kernels;
 extern const Kernels kAvxVnniKernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx512EmulatedKernels;  // for tests without the instructions: emulator/avx512.h
-// Puts products by tiles into a table of the AVX-512 level.
+// Puts the kernels by tiles into a table of the AVX-512 level.
 void use_amx(Kernels& kernels);
 void use_emulated_amx(Kernels& kernels);  // emulator/amx.h
 #endif

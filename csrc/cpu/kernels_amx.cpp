@@ -1,4 +1,4 @@
-// The products of the amx level, whose other kernels are those of AVX-512 (dispatch.cpp).
+// The amx level's own kernels; its others are those of AVX-512 (dispatch.cpp).
 #define GEMMA_ISA isa_amx
 #include "vec_avx512.h"
 // (The bodies come after the instructions that they are written in.)

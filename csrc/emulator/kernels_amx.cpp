@@ -1,4 +1,4 @@
-// The products of the amx level on CPUs that have AVX2 alone, for tests: GEMMA_NATIVE_ISA=amx-emulated.
+// The amx level's own kernels on CPUs that have AVX2 alone, for tests: GEMMA_NATIVE_ISA=amx-emulated.
 #define GEMMA_ISA isa_amx_emulated
 #include "vec_avx512.h"
 // (The bodies come after the instructions that they are written in.)
