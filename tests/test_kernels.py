@@ -550,8 +550,9 @@ def test_attention_to_a_block(dim: int, rows: int, size: float, f32: bool) -> No
 
 
 @pytest.mark.parametrize("f32", [False, True], ids=["bf16", "f32"])
+@pytest.mark.parametrize("place", ["before", "behind"])
 @pytest.mark.parametrize("bad", [0.0, np.nan, np.inf])
-def test_attention_of_a_row_is_its_own(bad: float, f32: bool) -> None:
+def test_attention_of_a_row_is_its_own(bad: float, place: str, f32: bool) -> None:
     """A row's bits depend neither on the rows beside it nor on what it does not see, be that NaN."""
     rng = np.random.default_rng(5)
     q = rng.standard_normal((16, 64)).astype(np.float32)
@@ -559,8 +560,9 @@ def test_attention_of_a_row_is_its_own(bad: float, f32: bool) -> None:
     lo, hi = list(range(3, 19)), list(range(60, 44, -1))
     lo[6], hi[6] = 20, 20  # sees nothing
     clean = [T.attend(q[i : i + 1], k, v, [lo[i]], [hi[i]], 0.0, f32) for i in range(16)]
-    k[:3] = v[:3] = k[60:] = v[60:] = bad
-    v[59] = bad  # which the first row sees
+    unseen, first = (slice(3), 3) if place == "before" else (slice(60, 64), 59)
+    k[unseen] = v[unseen] = bad
+    v[first] = bad  # which the first row sees
     found = T.attend(q, k, v, lo, hi, 0.0, f32)
     for i in set(range(1, 16)) - {6}:
         for got, wanted in zip(found, clean[i], strict=True):
