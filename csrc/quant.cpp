@@ -122,6 +122,19 @@ void convert_row(const HostTensor& s, int64_t r, DType target, float* values, ui
   }
 }
 
+static inline float float_of(int32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+// The bits of |x|, which have the order of numbers.
+static inline int32_t magnitude(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits & 0x7fffffff;
+}
+
 // std::lround of |x| < 2^31, in a form that compilers vectorise.
 static inline int round_half_away(float x) {
   const int whole = static_cast<int>(x);
@@ -153,33 +166,36 @@ static float least_error_scale(const float* v, float top, Q4Errors errors) {
 void encode_row(DType type, const float* x, int64_t k, uint8_t* row, Q4Errors errors) {
   GEMMA_CHECK(type == DType::Q8_0 || type == DType::Q4_0, "only Q8_0 and Q4_0 can be encoded");
   for (int64_t b = 0; b * kBlock < k; ++b, row += encoding(type).block_bytes) {
-    float v[kBlock] = {};
-    const int n = static_cast<int>(k - b * kBlock < kBlock ? k - b * kBlock : kBlock);
-    std::memcpy(v, x + b * kBlock, static_cast<size_t>(n) * sizeof(float));
-    float top = 0;  // the value farthest from zero
-    for (float f : v) {
-      GEMMA_CHECK(std::isfinite(f), "a weight is ", f, ": only finite values can be quantised");
-      if (std::fabs(f) > std::fabs(top)) top = f;
+    const float* v = x + b * kBlock;
+    float last[kBlock] = {};  // padded with zeros
+    if (k - b * kBlock < kBlock) {
+      std::copy(v, x + k, last);
+      v = last;
     }
-    uint32_t w[8] = {};
+    int32_t most = 0;
+    for (int i = 0; i < kBlock; ++i) most = std::max(most, magnitude(v[i]));
+    // The value farthest from zero.
+    const auto top = [&] { return *std::find_if(v, v + kBlock, [&](float f) { return magnitude(f) == most; }); };
+    GEMMA_CHECK(most < 0x7f800000, "a weight is ", top(), ": only finite values can be quantised");
     // Beyond these, no scale in half precision reaches the value.
     const float limit = 65504.0f * (type == DType::Q8_0 ? 127 : 8);
-    GEMMA_CHECK(std::fabs(top) <= limit, "a weight is ", top, ": ", encoding(type).name, " reaches ", limit,
+    GEMMA_CHECK(most <= magnitude(limit), "a weight is ", top(), ": ", encoding(type).name, " reaches ", limit,
                 " at most");
     if (type == DType::Q8_0) {
-      const float d = std::fabs(top) / 127;
+      const float d = float_of(most) / 127;
       // A scale so small that its inverse overflows is 0 in half precision, and so are the values.
       const float inverse = d >= std::numeric_limits<float>::min() ? 1 / d : 0;
       store16(row, float_to_half(d));
-      for (int i = 0; i < kBlock; ++i)
-        w[i / 4] |= static_cast<uint32_t>(round_half_away(v[i] * inverse) + 128) << 8 * (i % 4);
+      int8_t q[kBlock];
+      for (int i = 0; i < kBlock; ++i) q[i] = static_cast<int8_t>(round_half_away(v[i] * inverse));
+      std::memcpy(row + 2, q, kBlock);
     } else {
-      const float best_d = least_error_scale(v, top, errors);
+      const float best_d = least_error_scale(v, top(), errors);
       const float inverse = best_d != 0 ? 1 / best_d : 0;
       store16(row, float_to_half(best_d));
-      for (int i = 0; i < kBlock; ++i) w[i / 4] |= static_cast<uint32_t>(nibble(v[i] * inverse + 8.5f)) << 8 * (i % 4);
+      for (int i = 0; i < kBlock / 2; ++i)
+        row[2 + i] = static_cast<uint8_t>(nibble(v[i] * inverse + 8.5f) | nibble(v[i + 16] * inverse + 8.5f) << 4);
     }
-    write_values(type, row, 0, w);
   }
 }
 
