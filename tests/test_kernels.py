@@ -481,6 +481,50 @@ def test_encoding_weights(name: str) -> None:
     assert ((back - x) ** 2).sum() <= 1.0001 * ((theirs - x) ** 2).sum()  # no worse than the format's own encoder
 
 
+def encoded(name: str, x: np.ndarray) -> bytes:
+    """The encoders in NumPy, a block after the other: Q8_0 rounds to nearest, Q4_0 takes the best of 17 scales."""
+    f, out = np.float32, b""
+    for v in np.pad(x, ((0, 0), (0, -x.shape[1] % 32))).reshape(-1, 32):
+        top = v[np.abs(v).argmax()]  # the first of several
+        if name == "Q8_0":
+            d = np.abs(top) / f(127)
+            q = v * (f(1) / d if d >= np.finfo(f).tiny else f(0))
+            out += np.float16(d).tobytes() + np.trunc(q + np.copysign(0.5, q.astype(float))).astype(np.int8).tobytes()
+            continue
+        best = f(np.inf), f(0), np.zeros(32, np.uint8)
+        for s in range(-8, 9):
+            d = f(np.float16(top / (f(-8) + f(0.1) * f(s))))
+            q = np.trunc(np.clip(v * (f(1) / d if d else f(0)) + f(8.5), 0, 15))
+            error = f(0)
+            for e in v - d * (q - f(8)):
+                error += e * e
+            if error < best[0]:
+                best = error, d, q.astype(np.uint8)
+        out += np.float16(best[1]).tobytes() + (best[2][:16] | best[2][16:] << 4).tobytes()
+    return out
+
+
+@pytest.mark.parametrize("k", [96, 77])
+@pytest.mark.parametrize(("name", "limit"), [("Q8_0", 65504 * 127), ("Q4_0", 65504 * 8)])
+def test_encoding_to_the_byte(name: str, limit: float, k: int) -> None:
+    x = np.random.default_rng(k).standard_normal((8, k)).astype(np.float32)
+    x[1, [3, 9, 20]] = -5, 5, 5  # the farthest from zero, on either side
+    x[2, [3, 9, 20]] = 5, -5, -5
+    x[3] *= 1e-6  # scales that are denormal in half precision
+    x[4] *= 1e-39
+    x[5] = 0
+    x[6, 40] = limit
+    x[7] = np.round(2 * x[7]) / 2  # between two values
+    x[7, ::32] = 127
+    with np.errstate(all="ignore"):
+        assert T.quantize(name, x) == encoded(name, x)
+    for bad in (np.nan, np.inf, -np.inf):
+        with pytest.raises(ValueError, match=f"a weight is -?{abs(bad)}: only finite values"):
+            T.quantize(name, np.where(np.arange(k) == k - 1, np.float32(bad), x))
+    with pytest.raises(ValueError, match=f"{name} reaches .* at most"):
+        T.quantize(name, np.where(np.arange(k) == k - 1, np.float32(-1.001 * limit), x))
+
+
 @pytest.mark.parametrize("size", [1e-9, 1e-3, 1, 1e3])
 def test_encoding_in_vectors_is_the_same(size: float) -> None:
     """What loading as int4 writes is what the scalar encoder would write."""
