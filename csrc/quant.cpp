@@ -154,7 +154,7 @@ void q4_errors(const float* v, const float* d, const float* inverse, float* erro
 
 // Q4_0's scale of least squared error among a few around the one that makes `top`, the value farthest from zero, -8.
 static float least_error_scale(const float* v, float top, Q4Errors errors) {
-  float d[kQ4Room] = {}, inverse[kQ4Room] = {}, error[kQ4Room];
+  float d[kQ4Scales], inverse[kQ4Scales], error[kQ4Scales];
   for (int s = 0; s < kQ4Scales; ++s) {
     d[s] = half_to_float(float_to_half(top / (-8 + 0.1f * static_cast<float>(s - kQ4Scales / 2))));
     inverse[s] = d[s] != 0 ? 1 / d[s] : 0;

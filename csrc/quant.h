@@ -91,9 +91,9 @@ float bf16_to_float(uint16_t b);
 
 // One row of a file (F32, F16, BF16 or blocks) to float32.
 void decode_row(DType type, const uint8_t* row, int64_t k, float* out);
-// error[s] = the squared error of a block of 32 values as Q4_0 with scale d[s], whose inverse is given, for kQ4Scales scales in arrays
-// of kQ4Room, whole vectors at any level. Most of the time of encoding goes here: kernels.h has the same in vectors.
-constexpr int kQ4Scales = 17, kQ4Room = 32;
+// error[s] = the squared error of a block of 32 values as Q4_0 with scale d[s], whose inverse is given, for kQ4Scales scales.
+// Most of the time of encoding goes here: kernels.h has the same in vectors.
+constexpr int kQ4Scales = 17;
 using Q4Errors = void (*)(const float* v, const float* d, const float* inverse, float* error);
 void q4_errors(const float* v, const float* d, const float* inverse, float* error);
 // float32 to file blocks; type is Q8_0 or Q4_0. k may be any positive number: the last block is padded with zeros.

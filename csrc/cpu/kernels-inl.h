@@ -146,19 +146,27 @@ void quantize(const float* x, int64_t ldx, int n, int64_t k, bool fine, int8_t* 
 
 // ---- loading -----------------------------------------------------------------------------------------------------------
 
+// (v - value of v in Q4_0)^2
+GEMMA_INLINE F q4_error(F v, F scale, F inverse) {
+  const F q = V::min(V::max(V::add(V::mul(v, inverse), V::set(8.5f)), V::zero()), V::set(15.0f));
+  const F e = V::sub(v, V::mul(scale, V::sub(V::to_float(V::truncate(q)), V::set(8.0f))));
+  return V::mul(e, e);
+}
+
 void q4_errors(const float* v, const float* d, const float* inverse, float* error) {
-  static_assert(kQ4Room % W == 0 && kQ4Scales <= kQ4Room, "the last vector fits");
-  const F half = V::set(8.5f), most = V::set(15.0f), eight = V::set(8.0f);
-  for (int s = 0; s < kQ4Scales; s += W) {
+  int s = 0;
+  for (; s + W <= kQ4Scales; s += W) {
     const F scale = V::load(d + s), by = V::load(inverse + s);
     F sum = V::zero();
-    for (int i = 0; i < kBlock; ++i) {
-      const F x = V::set(v[i]);
-      const F q = V::min(V::max(V::add(V::mul(x, by), half), V::zero()), most);
-      const F e = V::sub(x, V::mul(scale, V::sub(V::to_float(V::truncate(q)), eight)));
-      sum = V::add(sum, V::mul(e, e));
-    }
+    for (int i = 0; i < kBlock; ++i) sum = V::add(sum, q4_error(V::set(v[i]), scale, by));
     V::store(error + s, sum);
+  }
+  for (; s < kQ4Scales; ++s) {  // a vector of values instead, whose errors are added in the same order
+    float each[kBlock];
+    for (int i = 0; i < kBlock; i += W) V::store(each + i, q4_error(V::load(v + i), V::set(d[s]), V::set(inverse[s])));
+    float sum = 0;
+    for (float e : each) sum += e;
+    error[s] = sum;
   }
 }
 
