@@ -142,25 +142,16 @@ static inline int round_half_away(float x) {
   return whole + (rest >= 0.5f) - (rest <= -0.5f);
 }
 
-void q4_errors(const float* v, const float* d, const float* inverse, float* error) {
+void q4_errors(const float* v, float top, float* d, float* error) {
   for (int s = 0; s < kQ4Scales; ++s) {
+    d[s] = half_to_float(float_to_half(top / kQ4Steps.at[s]));
+    const float inverse = 1 / d[s];  // where d is 0, errors are the values
     error[s] = 0;
     for (int i = 0; i < kBlock; ++i) {
-      const float e = v[i] - d[s] * static_cast<float>(nibble(v[i] * inverse[s] + 8.5f) - 8);
+      const float e = v[i] - d[s] * static_cast<float>(nibble(v[i] * inverse + 8.5f) - 8);
       error[s] += e * e;
     }
   }
-}
-
-// Q4_0's scale of least squared error among a few around the one that makes `top`, the value farthest from zero, -8.
-static float least_error_scale(const float* v, float top, Q4Errors errors) {
-  float d[kQ4Scales], inverse[kQ4Scales], error[kQ4Scales];
-  for (int s = 0; s < kQ4Scales; ++s) {
-    d[s] = half_to_float(float_to_half(top / (-8 + 0.1f * static_cast<float>(s - kQ4Scales / 2))));
-    inverse[s] = d[s] != 0 ? 1 / d[s] : 0;
-  }
-  errors(v, d, inverse, error);
-  return d[std::min_element(error, error + kQ4Scales) - error];
 }
 
 void encode_row(DType type, const float* x, int64_t k, uint8_t* row, Q4Errors errors) {
@@ -190,7 +181,9 @@ void encode_row(DType type, const float* x, int64_t k, uint8_t* row, Q4Errors er
       for (int i = 0; i < kBlock; ++i) q[i] = static_cast<int8_t>(round_half_away(v[i] * inverse));
       std::memcpy(row + 2, q, kBlock);
     } else {
-      const float best_d = least_error_scale(v, top(), errors);
+      float d[kQ4Scales], error[kQ4Scales];
+      errors(v, top(), d, error);
+      const float best_d = d[std::min_element(error, error + kQ4Scales) - error];
       const float inverse = best_d != 0 ? 1 / best_d : 0;
       store16(row, float_to_half(best_d));
       for (int i = 0; i < kBlock / 2; ++i)

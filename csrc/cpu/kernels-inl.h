@@ -153,17 +153,23 @@ GEMMA_INLINE F q4_error(F v, F scale, F inverse) {
   return V::mul(e, e);
 }
 
-void q4_errors(const float* v, const float* d, const float* inverse, float* error) {
+void q4_errors(const float* v, float top, float* d, float* error) {
   int s = 0;
   for (; s + W <= kQ4Scales; s += W) {
-    const F scale = V::load(d + s), by = V::load(inverse + s);
+    const F scale = V::nearest_half(V::div(V::set(top), V::load(kQ4Steps.at + s)));
+    const F inverse = V::div(V::set(1.0f), scale);
     F sum = V::zero();
-    for (int i = 0; i < kBlock; ++i) sum = V::add(sum, q4_error(V::set(v[i]), scale, by));
+    for (int i = 0; i < kBlock; ++i) sum = V::add(sum, q4_error(V::set(v[i]), scale, inverse));
+    V::store(d + s, scale);
     V::store(error + s, sum);
   }
   for (; s < kQ4Scales; ++s) {  // a vector of values instead, whose errors are added in the same order
+    const F scale = V::nearest_half(V::div(V::set(top), V::set(kQ4Steps.at[s])));
+    const F inverse = V::div(V::set(1.0f), scale);
     float each[kBlock];
-    for (int i = 0; i < kBlock; i += W) V::store(each + i, q4_error(V::load(v + i), V::set(d[s]), V::set(inverse[s])));
+    V::store(each, scale);
+    d[s] = each[0];
+    for (int i = 0; i < kBlock; i += W) V::store(each + i, q4_error(V::load(v + i), scale, inverse));
     float sum = 0;
     for (float e : each) sum += e;
     error[s] = sum;

@@ -102,6 +102,8 @@ struct V {
   }
   static F load_half(const uint8_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 
+  static F nearest_half(F x) { return _mm256_cvtph_ps(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+
   // Bytes of quantised weights.
   static B load_b(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static B low4(B x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }

@@ -100,6 +100,8 @@ struct V {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
 
+  static F nearest_half(F x) { return _mm512_cvtph_ps(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+
   // Bytes of quantised weights.
   static B load_b(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static B low4(B x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }

@@ -198,6 +198,10 @@ struct V {
     }
     return r;
   }
+  static F nearest_half(F x) {
+    GEMMA_EACH x.v[i] = half_to_float(float_to_half(x.v[i]));
+    return x;
+  }
 
 #define GEMMA_EACH_BYTE for (int i = 0; i < 4 * W; ++i)
   static B load_b(const uint8_t* p) {

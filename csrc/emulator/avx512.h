@@ -12,6 +12,7 @@
 
 // Macros in the compiler's own header, some of them only without optimisation.
 #undef _mm512_setr_epi32
+#undef _mm512_cvtps_ph
 #undef _mm512_cmp_ps_mask
 #undef _mm512_extractf32x8_ps
 #undef _mm512_inserti32x4
@@ -158,6 +159,10 @@ inline __m128i _mm512_cvtepi32_epi8(__m512i x) {
 }
 inline __m512 _mm512_cvtph_ps(__m256i x) {
   return {_mm256_cvtph_ps(_mm256_castsi256_si128(x)), _mm256_cvtph_ps(_mm256_extracti128_si256(x, 1))};
+}
+inline __m256i _mm512_cvtps_ph(__m512 x, int) {  // to nearest
+  return _mm256_set_m128i(_mm256_cvtps_ph(x.high, _MM_FROUND_TO_NEAREST_INT),
+                          _mm256_cvtps_ph(x.low, _MM_FROUND_TO_NEAREST_INT));
 }
 
 inline __m512i _mm512_srl_epi32(__m512i a, __m128i n) {
