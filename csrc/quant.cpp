@@ -23,7 +23,7 @@ Scales file_scales(DType t, const Layout& l, const uint8_t* p, int j) {
   return {d, d, m};
 }
 
-// Nearest of 0..15 to x - 0.5, halves up. Truncation is the floor, since x is clamped to positive first: no library
+// Nearest of 0..15 to x - 0.5, halves up; of NaN 0. Truncation is the floor, since x is clamped to positive first: no library
 // calls, so that the search over scales is quick on every CPU.
 int nibble(float x) {
   x = x > 0.0f ? x : 0.0f;
@@ -92,7 +92,7 @@ void decode_row(DType type, const uint8_t* row, int64_t k, float* out) {
     const uint8_t* p = row + b / per * encoding(type).block_bytes;
     uint32_t w[8][1];
     with_type(type, ReadValues<1>{p, 0, 1, static_cast<int>(b % per), w});
-    decode_values(w[0], l.offset, file_scales(type, l, p, static_cast<int>(b % per)), out + b * kBlock);
+    decode_values(&w[0][0], l.offset, file_scales(type, l, p, static_cast<int>(b % per)), out + b * kBlock);
   }
 }
 
@@ -145,7 +145,7 @@ static inline int round_half_away(float x) {
 void q4_errors(const float* v, float top, float* d, float* error) {
   for (int s = 0; s < kQ4Scales; ++s) {
     d[s] = half_to_float(float_to_half(top / kQ4Steps.at[s]));
-    const float inverse = 1 / d[s];  // where d is 0, errors are the values
+    const float inverse = 1 / d[s];  // where d is 0, errors are the values whatever q is
     error[s] = 0;
     for (int i = 0; i < kBlock; ++i) {
       const float e = v[i] - d[s] * static_cast<float>(nibble(v[i] * inverse + 8.5f) - 8);

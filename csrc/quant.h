@@ -91,7 +91,7 @@ float bf16_to_float(uint16_t b);
 
 // One row of a file (F32, F16, BF16 or blocks) to float32.
 void decode_row(DType type, const uint8_t* row, int64_t k, float* out);
-// Scales for a block of 32 values as Q4_0, around the one that makes `top`, the value farthest from zero, -8: d[s] = top / kQ4Steps[s] in
+// Scales for a block of 32 values as Q4_0, around the one that makes `top`, the value farthest from zero, -8: d[s] = top / kQ4Steps.at[s] in
 // half precision; and error[s], the squared error of the block with it. Most of the time of encoding goes here: kernels.h has the
 // same in vectors.
 constexpr int kQ4Scales = 17;
@@ -101,7 +101,7 @@ struct Q4Steps {
     for (int s = 0; s < kQ4Scales; ++s) at[s] = -8 + 0.1f * static_cast<float>(s - kQ4Scales / 2);
   }
 };
-constexpr Q4Steps kQ4Steps;
+inline constexpr Q4Steps kQ4Steps;
 using Q4Errors = void (*)(const float* v, float top, float* d, float* error);
 void q4_errors(const float* v, float top, float* d, float* error);
 // float32 to file blocks; type is Q8_0 or Q4_0. k may be any positive number: the last block is padded with zeros.

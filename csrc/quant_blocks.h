@@ -1,7 +1,8 @@
-// The specification of the encodings, which quant.cpp and tiling.cpp share: what blocks hold, and how to read and write them.
+// The specification of the encodings, which quant.cpp and tiling.cpp share: what blocks hold, and how to read them.
 #pragma once
 
-#if defined(__SSE2__)
+#if defined(__SSE2__) || defined(_M_X64)
+#define GEMMA_SSE2
 #include <emmintrin.h>
 #endif
 
@@ -94,7 +95,6 @@ inline uint32_t load32(const void* p) {
   std::memcpy(&x, p, 4);
   return x;
 }
-inline void store32(void* p, uint32_t x) { std::memcpy(p, &x, 4); }
 inline uint16_t load16(const void* p) {
   uint16_t x;
   std::memcpy(&x, p, 2);
@@ -102,7 +102,7 @@ inline uint16_t load16(const void* p) {
 }
 inline void store16(void* p, uint16_t x) { std::memcpy(p, &x, 2); }
 
-constexpr uint32_t kOnes = 0x01010101u, kLow = 0x0f0f0f0fu, kPairs = 0x03030303u, kSix = 0x3f3f3f3fu;
+constexpr uint32_t kOnes = 0x01010101u, kLow = 0x0f0f0f0fu, kPairs = 0x03030303u;
 
 // Four bits to the lowest bits of four bytes.
 inline uint32_t spread4(uint32_t x) { return ((x & 15) * 0x00204081u) & kOnes; }
@@ -110,7 +110,7 @@ inline uint32_t spread4(uint32_t x) { return ((x & 15) * 0x00204081u) & kOnes; }
 // Four words of each of four rows: to[word][row].
 template <int R>
 void transpose4(const uint8_t* p, size_t stride, int row, uint32_t (*to)[R]) {
-#if defined(__SSE2__)
+#if defined(GEMMA_SSE2)
   __m128i x[4];
   for (int r = 0; r < 4; ++r) x[r] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + r * stride));
   const __m128i a = _mm_unpacklo_epi32(x[0], x[1]), b = _mm_unpackhi_epi32(x[0], x[1]);
@@ -129,7 +129,7 @@ void transpose4(const uint8_t* p, size_t stride, int row, uint32_t (*to)[R]) {
 template <DType T, int R>
 void read_blocks(const uint8_t* p, size_t stride, int rows, int j, uint32_t (*w)[R]) {
   constexpr int block = kEncodings[static_cast<int>(T)].block_bytes;
-  // As many words as `to` takes, from byte `at` of the blocks on. (Where a block ends with its values' four lower bits, `at` counts from there.)
+  // As many words as `to` takes, from byte `at` of the blocks on.
   const auto read = [&](int at, auto& to) {
     constexpr int n = sizeof(to) / sizeof(to[0]);
     int r = 0;
@@ -173,7 +173,7 @@ void read_blocks(const uint8_t* p, size_t stride, int rows, int j, uint32_t (*w)
   }
 }
 
-// read_blocks of a quantised type.
+// read_blocks, for with_type.
 template <int R>
 struct ReadValues {
   const uint8_t* p;
@@ -185,49 +185,6 @@ struct ReadValues {
     if constexpr (T != DType::BF16) read_blocks<T, R>(p, stride, rows, j, w);
   }
 };
-
-// The inverse of spread4.
-inline uint32_t gather4(uint32_t x) { return ((x & kOnes) * 0x10204080u) >> 28; }
-
-// The inverse of read_blocks, of one row, into a file block that starts as zeros.
-inline void write_values(DType t, uint8_t* p, int j, const uint32_t* w) {
-  auto merge = [](uint8_t* at, uint32_t bits) { store32(at, load32(at) | bits); };
-  switch (t) {
-    case DType::Q8_0:
-      for (int i = 0; i < 8; ++i) store32(p + 2 + 4 * i, w[i] ^ 0x80808080u);
-      return;
-    case DType::Q4_0:
-    case DType::Q4_1:
-    case DType::Q5_0:
-    case DType::Q5_1: {
-      uint8_t* q = p + kEncodings[static_cast<int>(t)].block_bytes - 16;
-      for (int i = 0; i < 4; ++i) store32(q + 4 * i, (w[i] & kLow) | (w[i + 4] & kLow) << 4);
-      if (t == DType::Q5_0 || t == DType::Q5_1)
-        for (int i = 0; i < 8; ++i) merge(q - 4, gather4(w[i] >> 4) << 4 * i);
-      return;
-    }
-    case DType::Q4_K:
-    case DType::Q5_K: {
-      uint8_t* q = p + (t == DType::Q4_K ? offsetof(BlockQ4_K, q) : offsetof(BlockQ5_K, q)) + 32 * (j / 2);
-      for (int i = 0; i < 8; ++i) merge(q + 4 * i, (w[i] & kLow) << 4 * (j % 2));
-      if (t == DType::Q5_K)
-        for (int i = 0; i < 8; ++i) merge(p + offsetof(BlockQ5_K, qh) + 4 * i, (w[i] >> 4 & kOnes) << j);
-      return;
-    }
-    case DType::Q6_K: {
-      uint8_t* ql = p + 64 * (j / 4) + 32 * (j % 2);
-      uint8_t* qh = p + offsetof(BlockQ6_K, qh) + 32 * (j / 4);
-      const int s = j % 4;
-      for (int i = 0; i < 8; ++i) {
-        merge(ql + 4 * i, (w[i] & kLow) << 4 * (s / 2));
-        merge(qh + 4 * i, (w[i] >> 4 & kPairs) << 2 * s);
-      }
-      return;
-    }
-    default:
-      return;
-  }
-}
 
 inline int blocks_of(DType t) { return encoding(t).block / kBlock; }
 

@@ -16,10 +16,57 @@ void ask_for(const uint8_t* p) {
 #endif
 }
 
+void store32(void* p, uint32_t x) { std::memcpy(p, &x, 4); }
+
+constexpr uint32_t kSix = 0x3f3f3f3fu;
+
 // The low halves of four bytes side by side.
 uint32_t join_nibbles(uint32_t x) {
   x = (x | x >> 4) & 0x00ff00ffu;
   return (x | x >> 8) & 0xffffu;
+}
+
+// The inverse of spread4.
+uint32_t gather4(uint32_t x) { return ((x & kOnes) * 0x10204080u) >> 28; }
+
+// The inverse of read_blocks, of one row, into a file block that starts as zeros.
+void write_values(DType t, uint8_t* p, int j, const uint32_t* w) {
+  auto merge = [](uint8_t* at, uint32_t bits) { store32(at, load32(at) | bits); };
+  switch (t) {
+    case DType::Q8_0:
+      for (int i = 0; i < 8; ++i) store32(p + 2 + 4 * i, w[i] ^ 0x80808080u);
+      return;
+    case DType::Q4_0:
+    case DType::Q4_1:
+    case DType::Q5_0:
+    case DType::Q5_1: {
+      uint8_t* q = p + kEncodings[static_cast<int>(t)].block_bytes - 16;
+      for (int i = 0; i < 4; ++i) store32(q + 4 * i, (w[i] & kLow) | (w[i + 4] & kLow) << 4);
+      if (t == DType::Q5_0 || t == DType::Q5_1)
+        for (int i = 0; i < 8; ++i) merge(q - 4, gather4(w[i] >> 4) << 4 * i);
+      return;
+    }
+    case DType::Q4_K:
+    case DType::Q5_K: {
+      uint8_t* q = p + (t == DType::Q4_K ? offsetof(BlockQ4_K, q) : offsetof(BlockQ5_K, q)) + 32 * (j / 2);
+      for (int i = 0; i < 8; ++i) merge(q + 4 * i, (w[i] & kLow) << 4 * (j % 2));
+      if (t == DType::Q5_K)
+        for (int i = 0; i < 8; ++i) merge(p + offsetof(BlockQ5_K, qh) + 4 * i, (w[i] >> 4 & kOnes) << j);
+      return;
+    }
+    case DType::Q6_K: {
+      uint8_t* ql = p + 64 * (j / 4) + 32 * (j % 2);
+      uint8_t* qh = p + offsetof(BlockQ6_K, qh) + 32 * (j / 4);
+      const int s = j % 4;
+      for (int i = 0; i < 8; ++i) {
+        merge(ql + 4 * i, (w[i] & kLow) << 4 * (s / 2));
+        merge(qh + 4 * i, (w[i] >> 4 & kPairs) << 2 * s);
+      }
+      return;
+    }
+    default:
+      return;
+  }
 }
 
 // The lowest `bits` (2, 4 or 5) of a block's values as planes, see quant.h.
@@ -148,7 +195,7 @@ void tile_panel(DType type, const uint8_t* src, size_t row_stride, int64_t all_r
     // The next panel's rows, in the order of memory: a block of each at a time is no order that hardware would foresee.
     const int64_t step = int64_t{kPanel} * e.block_bytes;
     for (int64_t at = u * step; at < (u + 1) * step; at += 64) ask_for(src + kPanel * row_stride + at);
-    if (rows < kPanel || l.two_level) std::memset(unit, 0, static_cast<size_t>(l.unit_planes));
+    if (rows < kPanel) std::memset(unit, 0, static_cast<size_t>(l.unit_planes));
     for (int r = 0; r < rows; ++r) store16(unit + 2 * r, load16(p + r * row_stride + l.file_d));
     for (int r = 0; l.file_m >= 0 && r < rows; ++r) store16(unit + 64 + 2 * r, load16(p + r * row_stride + l.file_m));
     for (int r = 0; l.two_level && r < rows; ++r) {

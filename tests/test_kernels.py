@@ -517,7 +517,7 @@ def test_encoding_to_the_byte(name: str, limit: float, k: int) -> None:
     x[7] = np.round(2 * x[7]) / 2  # between two values
     x[7, ::32] = 127
     with np.errstate(all="ignore"):
-        assert T.quantize(name, x) == encoded(name, x)
+        assert T.quantize(name, x) == T.quantize(name, x, by_kernels=True) == encoded(name, x)
     for bad in (np.nan, np.inf, -np.inf):
         with pytest.raises(ValueError, match=f"a weight is -?{abs(bad)}: only finite values"):
             T.quantize(name, np.where(np.arange(k) == k - 1, np.float32(bad), x))

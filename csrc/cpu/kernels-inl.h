@@ -146,7 +146,7 @@ void quantize(const float* x, int64_t ldx, int n, int64_t k, bool fine, int8_t* 
 
 // ---- loading -----------------------------------------------------------------------------------------------------------
 
-// (v - value of v in Q4_0)^2
+// (v - value of v in Q4_0)^2. Zero times an infinite inverse is NaN, for which `max` returns its second argument.
 GEMMA_INLINE F q4_error(F v, F scale, F inverse) {
   const F q = V::min(V::max(V::add(V::mul(v, inverse), V::set(8.5f)), V::zero()), V::set(15.0f));
   const F e = V::sub(v, V::mul(scale, V::sub(V::to_float(V::truncate(q)), V::set(8.0f))));
