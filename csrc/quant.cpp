@@ -23,6 +23,22 @@ Scales file_scales(DType t, const Layout& l, const uint8_t* p, int j) {
   return {d, d, m};
 }
 
+float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+// The bits of |x|, which have the order of numbers.
+int32_t magnitude(float x) { return static_cast<int32_t>(load32(&x) & 0x7fffffffu); }
+
+// std::lround of |x| < 2^31, in a form that compilers vectorise.
+int round_half_away(float x) {
+  const int whole = static_cast<int>(x);
+  const float rest = x - static_cast<float>(whole);
+  return whole + (rest >= 0.5f) - (rest <= -0.5f);
+}
+
 // Nearest of 0..15 to x - 0.5, halves up; of NaN 0. Truncation is the floor, since x is clamped to positive first: no library
 // calls, so that the search over scales is quick on every CPU.
 int nibble(float x) {
@@ -39,25 +55,15 @@ size_t row_bytes(DType type, int64_t k) {
   return static_cast<size_t>((k + e.block - 1) / e.block) * static_cast<size_t>(e.block_bytes);
 }
 
-float bf16_to_float(uint16_t b) {
-  const uint32_t x = static_cast<uint32_t>(b) << 16;
-  float f;
-  std::memcpy(&f, &x, 4);
-  return f;
-}
+float bf16_to_float(uint16_t b) { return float_of(static_cast<uint32_t>(b) << 16); }
 
 float half_to_float(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, e = h >> 10 & 31, m = h & 1023;
-  uint32_t x;
   if (e == 0) {
     const float f = static_cast<float>(m) * 5.9604644775390625e-8f;  // 2^-24
-    x = load32(&f) | sign;
-  } else {
-    x = sign | (e == 31 ? 0x7f800000u | m << 13 : (e + 112) << 23 | m << 13);
+    return float_of(load32(&f) | sign);
   }
-  float f;
-  std::memcpy(&f, &x, 4);
-  return f;
+  return float_of(sign | (e == 31 ? 0x7f800000u : (e + 112) << 23) | m << 13);
 }
 
 uint16_t float_to_half(float f) {
@@ -92,7 +98,7 @@ void decode_row(DType type, const uint8_t* row, int64_t k, float* out) {
     const uint8_t* p = row + b / per * encoding(type).block_bytes;
     uint32_t w[8][1];
     with_type(type, ReadValues<1>{p, 0, 1, static_cast<int>(b % per), w});
-    decode_values(&w[0][0], l.offset, file_scales(type, l, p, static_cast<int>(b % per)), out + b * kBlock);
+    decode_values(w[0], l.offset, file_scales(type, l, p, static_cast<int>(b % per)), out + b * kBlock);
   }
 }
 
@@ -120,26 +126,6 @@ void convert_row(const HostTensor& s, int64_t r, DType target, float* values, ui
   } catch (const InputError& e) {
     fail("tensor \"", s.name, "\", row ", r, ": ", e.what());
   }
-}
-
-static inline float float_of(int32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof(x));
-  return x;
-}
-
-// The bits of |x|, which have the order of numbers.
-static inline int32_t magnitude(float x) {
-  int32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  return bits & 0x7fffffff;
-}
-
-// std::lround of |x| < 2^31, in a form that compilers vectorise.
-static inline int round_half_away(float x) {
-  const int whole = static_cast<int>(x);
-  const float rest = x - static_cast<float>(whole);
-  return whole + (rest >= 0.5f) - (rest <= -0.5f);
 }
 
 void q4_errors(const float* v, float top, float* d, float* error) {
@@ -173,7 +159,7 @@ void encode_row(DType type, const float* x, int64_t k, uint8_t* row, Q4Errors er
     GEMMA_CHECK(most <= magnitude(limit), "a weight is ", top(), ": ", encoding(type).name, " reaches ", limit,
                 " at most");
     if (type == DType::Q8_0) {
-      const float d = float_of(most) / 127;
+      const float d = float_of(static_cast<uint32_t>(most)) / 127;
       // A scale so small that its inverse overflows is 0 in half precision, and so are the values.
       const float inverse = d >= std::numeric_limits<float>::min() ? 1 / d : 0;
       store16(row, float_to_half(d));

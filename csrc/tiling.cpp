@@ -148,16 +148,39 @@ void write_scale(uint8_t* s, int j, int sc, int mn) {  // over zeros
   }
 }
 
-// Row r's scales of block j of a unit, in the file's form, into a file block that starts as zeros.
+// Scale and offset of block j of a unit of Q4_K or Q5_K, of row r.
+struct SixBits {
+  int scale, min;
+};
+SixBits read_six_bits(const uint8_t* unit, int j, int r) {
+  const uint32_t hi = load32(unit + 128 + 4 * r) >> 4 * j;
+  const uint8_t lo = unit[256 + 32 * j + r];
+  return {static_cast<int>((lo & 15) | (hi & 3) << 4), static_cast<int>(lo >> 4 | (hi >> 2 & 3) << 4)};
+}
+
+// The same of a file's block into row r of a unit.
+void tile_six_bits(const uint8_t* scales, uint8_t* unit, int r) {
+  const uint32_t x = load32(scales), y = load32(scales + 4), z = load32(scales + 8);
+  // Four at a time, a byte each; see read_scale.
+  const uint32_t sc[2] = {x & kSix, (z & kLow) | (x >> 6 & kPairs) << 4};
+  const uint32_t mn[2] = {y & kSix, (z >> 4 & kLow) | (y >> 6 & kPairs) << 4};
+  uint32_t hi = 0;
+  for (int h = 0; h < 2; ++h) {
+    const uint32_t lo = (sc[h] & kLow) | (mn[h] & kLow) << 4;
+    for (int j = 0; j < 4; ++j) unit[256 + 32 * (4 * h + j) + r] = static_cast<uint8_t>(lo >> 8 * j);
+    hi |= join_nibbles((sc[h] >> 4 & kPairs) | (mn[h] >> 4 & kPairs) << 2) << 16 * h;
+  }
+  store32(unit + 128 + 4 * r, hi);
+}
+
+// Row r's scales of a unit, in the file's form, into a file block that starts as zeros.
 void untile_scales(DType t, const Layout& l, const uint8_t* unit, int r, uint8_t* p) {
   store16(p + l.file_d, load16(unit + 2 * r));
   if (l.file_m >= 0) store16(p + l.file_m, load16(unit + 64 + 2 * r));
   for (int j = 0; j < 8; ++j) {
     if (l.two_level) {
-      const uint32_t hi = load32(unit + 128 + 4 * r) >> 4 * j;
-      const uint8_t lo = unit[256 + 32 * j + r];
-      write_scale(p + 4, j, static_cast<int>((lo & 15) | (hi & 3) << 4),
-                  static_cast<int>(lo >> 4 | (hi >> 2 & 3) << 4));
+      const SixBits s = read_six_bits(unit, j, r);
+      write_scale(p + 4, j, s.scale, s.min);
     }
     if (t == DType::Q6_K)
       for (int h = 0; h < 2; ++h)
@@ -198,20 +221,7 @@ void tile_panel(DType type, const uint8_t* src, size_t row_stride, int64_t all_r
     if (rows < kPanel) std::memset(unit, 0, static_cast<size_t>(l.unit_planes));
     for (int r = 0; r < rows; ++r) store16(unit + 2 * r, load16(p + r * row_stride + l.file_d));
     for (int r = 0; l.file_m >= 0 && r < rows; ++r) store16(unit + 64 + 2 * r, load16(p + r * row_stride + l.file_m));
-    for (int r = 0; l.two_level && r < rows; ++r) {
-      const uint8_t* at = p + r * row_stride + 4;
-      const uint32_t x = load32(at), y = load32(at + 4), z = load32(at + 8);
-      // Four at a time, a byte each; see read_scale.
-      const uint32_t sc[2] = {x & kSix, (z & kLow) | (x >> 6 & kPairs) << 4};
-      const uint32_t mn[2] = {y & kSix, (z >> 4 & kLow) | (y >> 6 & kPairs) << 4};
-      uint32_t hi = 0;
-      for (int h = 0; h < 2; ++h) {
-        const uint32_t lo = (sc[h] & kLow) | (mn[h] & kLow) << 4;
-        for (int j = 0; j < 4; ++j) unit[256 + 32 * (4 * h + j) + r] = static_cast<uint8_t>(lo >> 8 * j);
-        hi |= join_nibbles((sc[h] >> 4 & kPairs) | (mn[h] >> 4 & kPairs) << 2) << 16 * h;
-      }
-      store32(unit + 128 + 4 * r, hi);
-    }
+    for (int r = 0; l.two_level && r < rows; ++r) tile_six_bits(p + r * row_stride + 4, unit, r);
     for (int j = 0; j < per; ++j) {
       uint8_t* planes = matrix + units.planes(u, j);
       if (type == DType::Q6_K) {
@@ -256,10 +266,9 @@ void decode_tiled_row(DType type, const uint8_t* matrix, int64_t rows, int64_t k
                 m = l.file_m < 0 ? 0 : half_to_float(load16(unit + 64 + 2 * r));
     Scales s{d, d, m};
     if (l.two_level) {
-      const uint32_t hi = load32(unit + 128 + 4 * r) >> 4 * j;
-      const uint8_t lo = unit[256 + 32 * j + r];
-      s.d = s.d2 = d * static_cast<float>((lo & 15) | (hi & 3) << 4);
-      s.m = -(m * static_cast<float>(lo >> 4 | (hi >> 2 & 3) << 4));
+      const SixBits six = read_six_bits(unit, j, r);
+      s.d = s.d2 = d * static_cast<float>(six.scale);
+      s.m = -(m * static_cast<float>(six.min));
     } else if (type == DType::Q6_K) {
       const auto* sc = reinterpret_cast<const int8_t*>(unit + 64 + j * l.planes_stride) + r;
       s.d = d * static_cast<float>(sc[0]);

@@ -146,30 +146,38 @@ void quantize(const float* x, int64_t ldx, int n, int64_t k, bool fine, int8_t* 
 
 // ---- loading -----------------------------------------------------------------------------------------------------------
 
+// Scales in half precision, and their inverses.
+struct Q4Scale {
+  F d, inverse;
+};
+
+GEMMA_INLINE Q4Scale q4_scale(float top, F step) {
+  const F d = V::nearest_half(V::div(V::set(top), step));
+  return {d, V::div(V::set(1.0f), d)};
+}
+
 // (v - value of v in Q4_0)^2. Zero times an infinite inverse is NaN, for which `max` returns its second argument.
-GEMMA_INLINE F q4_error(F v, F scale, F inverse) {
-  const F q = V::min(V::max(V::add(V::mul(v, inverse), V::set(8.5f)), V::zero()), V::set(15.0f));
-  const F e = V::sub(v, V::mul(scale, V::sub(V::to_float(V::truncate(q)), V::set(8.0f))));
+GEMMA_INLINE F q4_error(F v, const Q4Scale& s) {
+  const F q = V::min(V::max(V::add(V::mul(v, s.inverse), V::set(8.5f)), V::zero()), V::set(15.0f));
+  const F e = V::sub(v, V::mul(s.d, V::sub(V::to_float(V::truncate(q)), V::set(8.0f))));
   return V::mul(e, e);
 }
 
 void q4_errors(const float* v, float top, float* d, float* error) {
   int s = 0;
   for (; s + W <= kQ4Scales; s += W) {
-    const F scale = V::nearest_half(V::div(V::set(top), V::load(kQ4Steps.at + s)));
-    const F inverse = V::div(V::set(1.0f), scale);
+    const Q4Scale scale = q4_scale(top, V::load(kQ4Steps.at + s));
     F sum = V::zero();
-    for (int i = 0; i < kBlock; ++i) sum = V::add(sum, q4_error(V::set(v[i]), scale, inverse));
-    V::store(d + s, scale);
+    for (int i = 0; i < kBlock; ++i) sum = V::add(sum, q4_error(V::set(v[i]), scale));
+    V::store(d + s, scale.d);
     V::store(error + s, sum);
   }
   for (; s < kQ4Scales; ++s) {  // a vector of values instead, whose errors are added in the same order
-    const F scale = V::nearest_half(V::div(V::set(top), V::set(kQ4Steps.at[s])));
-    const F inverse = V::div(V::set(1.0f), scale);
+    const Q4Scale scale = q4_scale(top, V::set(kQ4Steps.at[s]));
     float each[kBlock];
-    V::store(each, scale);
+    V::store(each, scale.d);
     d[s] = each[0];
-    for (int i = 0; i < kBlock; i += W) V::store(each + i, q4_error(V::load(v + i), scale, inverse));
+    for (int i = 0; i < kBlock; i += W) V::store(each + i, q4_error(V::load(v + i), scale));
     float sum = 0;
     for (float e : each) sum += e;
     error[s] = sum;

@@ -57,8 +57,8 @@ GEMMA_DEVICE Scales k_scales(const Word4& h, int j) {
 // Of a piece of Q6_K: two int8, and the half that eight pieces share.
 GEMMA_DEVICE Scales q6_scales(uint32_t two, float d) {
   Scales s;
-  s.scale = d * (small_float(two & 255 ^ 128) - 128);
-  s.second = d * (small_float(two >> 8 & 255 ^ 128) - 128);
+  s.scale = d * (small_float((two & 255) ^ 128) - 128);
+  s.second = d * (small_float((two >> 8 & 255) ^ 128) - 128);
   return s;
 }
 
