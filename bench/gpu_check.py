@@ -2,7 +2,7 @@
 
     python bench/gpu_check.py > gpu.md
 
-Builds the package with nvcc into a temporary directory, compares the GPU with the CPU engine, runs tests/test_cuda.py,
+Builds the package with nvcc into a temporary directory, compares the GPU with the CPU engine, runs the CUDA tests,
 compute-sanitizer, a hundred greedy runs, and measures 2B- and 7B-shaped models beside the GPU's own ceilings. Prints Markdown for
 docs/SPEED.md. Needs nvcc, CMake, pybind11, scikit-build-core and NumPy, and no network; pytest, compute-sanitizer, PyTorch and
 transformers are used where they are. Exit code 1 when anything is wrong.
@@ -131,7 +131,7 @@ def parity(device: str) -> None:
 
 def tests(env: dict[str, str]) -> None:
     if not importlib.util.find_spec("pytest"):
-        say("- tests/test_cuda.py: not run, there is no pytest")
+        say("- the CUDA tests: not run, there is no pytest")
         return
     command = [
         sys.executable,
@@ -148,9 +148,9 @@ def tests(env: dict[str, str]) -> None:
     r = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     lines = r.stdout.strip().splitlines() or ["no output"]
     if r.returncode in (0, 1):
-        verdict("tests/test_cuda.py", r.returncode == 0, lines[-1])
+        verdict("the CUDA tests", r.returncode == 0, lines[-1])
     else:
-        say(f"- tests/test_cuda.py: not run ({(r.stderr.strip().splitlines() or lines)[-1]})")
+        say(f"- the CUDA tests: not run ({(r.stderr.strip().splitlines() or lines)[-1]})")
     if r.returncode:
         say("```\n" + "\n".join(lines[-25:]) + "\n```")
 

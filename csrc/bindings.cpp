@@ -202,28 +202,36 @@ void run(PyModel& m, const CancelFlag* cancel, Fn&& f) {
   f(poll);
 }
 
-std::shared_ptr<PyModel> make_model(const py::object& config, const py::dict& tensors, const std::string& device,
-                                    const std::optional<int>& threads, const std::string& kv,
-                                    const std::string& weights, const py::object& consumed, bool deterministic) {
-  auto m = std::make_shared<PyModel>();
-  m->config = config;
-  const Config c = config_of(config);
-  LoadOptions options;
-  GEMMA_CHECK(kv == "bf16" || kv == "f32", "kv must be \"bf16\" or \"f32\", not \"", kv, "\"");
-  options.kv_f32 = kv == "f32";
-  if (weights == "bf16")
-    options.target = DType::BF16;
-  else if (weights == "int8")
-    options.target = DType::Q8_0;
-  else if (weights == "int4")
-    options.target = DType::Q4_0;
-  else
-    GEMMA_CHECK(weights == "auto", "weights must be \"auto\", \"bf16\", \"int8\" or \"int4\", not \"", weights, "\"");
+DType target_of(const std::string& weights) {
+  if (weights == "bf16") return DType::BF16;
+  if (weights == "int8") return DType::Q8_0;
+  if (weights == "int4") return DType::Q4_0;
+  GEMMA_CHECK(weights == "auto", "weights must be \"auto\", \"bf16\", \"int8\" or \"int4\", not \"", weights, "\"");
+  return DType::F32;
+}
+
+std::unique_ptr<Backend> backend_of(const std::string& device, const std::optional<int>& threads, bool deterministic) {
   GEMMA_CHECK(!threads || (*threads >= 1 && *threads <= 1024), "threads must be between 1 and 1024, not ",
               threads.value_or(0));
+  if (device == "cpu") return make_cpu_backend(threads ? *threads : default_threads());
+#if defined(GEMMA_NATIVE_EMULATOR)
+  if (device == "cuda-emulated") return make_emulated_cuda_backend(deterministic);
+#endif
+  int index = 0;
+  bool ok = device.rfind("cuda", 0) == 0 && (device.size() == 4 || device[4] == ':');
+  if (ok && device.size() > 4) {
+    ok = device.size() > 5 && device.size() < 9 && device.find_first_not_of("0123456789", 5) == std::string::npos;
+    if (ok) index = std::stoi(device.substr(5));
+  }
+  GEMMA_CHECK(ok, "device must be \"cpu\", \"cuda\" or \"cuda:N\", not \"", device, "\"");
+  return make_cuda_backend(index, deterministic);
+}
 
+using Views = std::map<std::string, py::buffer_info>;
+
+// Tensors as the engine takes them; `views` holds their buffers.
+std::map<std::string, HostTensor> host_tensors(const py::dict& tensors, Views& views) {
   std::map<std::string, HostTensor> host;
-  std::map<std::string, py::buffer_info> views;
   for (const auto& [key, value] : tensors) {
     const std::string name = key.cast<std::string>();
     GEMMA_CHECK(py::isinstance<py::tuple>(value), "tensor \"", name, "\" must be (dtype, shape, buffer)");
@@ -239,24 +247,22 @@ std::shared_ptr<PyModel> make_model(const py::object& config, const py::dict& te
     host[name] = tensor_of(name, entry, view);
     views.emplace(name, std::move(view));
   }
+  return host;
+}
 
-  std::unique_ptr<Backend> backend;
-  if (device == "cpu") {
-    backend = make_cpu_backend(threads ? *threads : default_threads());
-#if defined(GEMMA_NATIVE_EMULATOR)
-  } else if (device == "cuda-emulated") {
-    backend = make_emulated_cuda_backend(deterministic);
-#endif
-  } else {
-    int index = 0;
-    bool ok = device.rfind("cuda", 0) == 0 && (device.size() == 4 || device[4] == ':');
-    if (ok && device.size() > 4) {
-      ok = device.size() > 5 && device.size() < 9 && device.find_first_not_of("0123456789", 5) == std::string::npos;
-      if (ok) index = std::stoi(device.substr(5));
-    }
-    GEMMA_CHECK(ok, "device must be \"cpu\", \"cuda\" or \"cuda:N\", not \"", device, "\"");
-    backend = make_cuda_backend(index, deterministic);
-  }
+std::shared_ptr<PyModel> make_model(const py::object& config, const py::dict& tensors, const std::string& device,
+                                    const std::optional<int>& threads, const std::string& kv,
+                                    const std::string& weights, const py::object& consumed, bool deterministic) {
+  auto m = std::make_shared<PyModel>();
+  m->config = config;
+  const Config c = config_of(config);
+  LoadOptions options;
+  GEMMA_CHECK(kv == "bf16" || kv == "f32", "kv must be \"bf16\" or \"f32\", not \"", kv, "\"");
+  options.kv_f32 = kv == "f32";
+  options.target = target_of(weights);
+  Views views;
+  const std::map<std::string, HostTensor> host = host_tensors(tensors, views);
+  std::unique_ptr<Backend> backend = backend_of(device, threads, deterministic);
   {
     WithoutGil released;
     if (!consumed.is_none())
@@ -360,13 +366,7 @@ py::tuple gguf_strings(const py::buffer& data, size_t at, size_t count) {
   return py::make_tuple(strings, at);
 }
 
-}  // namespace
-
-PYBIND11_MODULE(_native, m) {
-  m.doc() = "The engine of gemma_native: from token ids to logits. See gemma_native.Gemma for text.";
-  py::register_exception<CancelledError>(m, "Cancelled");
-  kernels();  // GEMMA_NATIVE_ISA is read, and refused, here
-
+void bind_functions(py::module_& m) {
   m.def(
       "isa", [] { return std::string(kernels().name); },
       "Instruction-set level in use: \"scalar\", \"avx2\", \"avx512\" or \"amx\" (\"avx512-emulated\", "
@@ -383,7 +383,8 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "bf16_instructions", has_avx512_bf16,
       "Whether products with bf16 weights round activations to bf16 and use bf16 instructions; else they use float32.");
-  m.def("default_threads", default_threads, "min(affinity, cgroup quota, physical cores)");
+  m.def("default_threads", default_threads,
+        "On Linux min(affinity, cgroup quota, physical cores), elsewhere the logical CPUs.");
   m.def("cuda_status", cuda_status, "\"\" when a CUDA device can be used, else why not.");
   m.def(
       "measure_read_bandwidth",
@@ -403,12 +404,13 @@ PYBIND11_MODULE(_native, m) {
         return peaks(kernels(), pool);
       },
       py::arg("threads"), "Operations/s of the dot-product instructions in use: {\"int8\", \"bf16\", \"f32\"}.");
+}
 
+void bind_cache(py::module_& m) {
   py::class_<CancelFlag, std::shared_ptr<CancelFlag>>(m, "CancelFlag",
                                                       "Stops the native calls that it is given to, from any thread.")
       .def(py::init<>())
       .def("set", [](CancelFlag& f) { f.set = true; })
-      .def("clear", [](CancelFlag& f) { f.set = false; })
       .def("is_set", [](const CancelFlag& f) { return f.set.load(); });
 
   py::class_<PyCache, std::shared_ptr<PyCache>>(m, "Cache", "Keys and values of one sequence.")
@@ -425,13 +427,18 @@ PYBIND11_MODULE(_native, m) {
           py::arg("n"), py::kw_only(), py::arg("cancel") = nullptr,
           "Keep the first n positions. Raises ValueError when a sliding layer no longer holds what position n would "
           "see.")
-      .def("clone", [](PyCache& c) {
-        auto copy = std::make_shared<PyCache>();
-        copy->owner = c.owner;
-        run(*c.owner, nullptr, [&](const Poll&) { copy->cache = c.cache->clone(); });
-        return copy;
-      });
+      .def(
+          "clone",
+          [](PyCache& c, const CancelFlag* cancel) {
+            auto copy = std::make_shared<PyCache>();
+            copy->owner = c.owner;
+            run(*c.owner, cancel, [&](const Poll&) { copy->cache = c.cache->clone(); });
+            return copy;
+          },
+          py::kw_only(), py::arg("cancel") = nullptr);
+}
 
+void bind_model(py::module_& m) {
   py::class_<PyModel, std::shared_ptr<PyModel>>(m, "Model", "A Gemma on a device: token ids in, logits out.")
       .def(py::init(&make_model), py::arg("config"), py::arg("tensors"), py::arg("device") = "cpu",
            py::arg("threads") = py::none(), py::kw_only(), py::arg("kv") = "bf16", py::arg("weights") = "auto",
@@ -515,6 +522,16 @@ PYBIND11_MODULE(_native, m) {
             return result;
           },
           py::arg("tokens"), py::arg("cache"), py::kw_only(), py::arg("cancel") = nullptr);
+}
 
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "The engine of gemma_native: from token ids to logits. See gemma_native.Gemma for text.";
+  py::register_exception<CancelledError>(m, "Cancelled");
+  kernels();  // GEMMA_NATIVE_ISA is read, and refused, here
+  bind_functions(m);
+  bind_cache(m);
+  bind_model(m);
   add_testing(m);
 }

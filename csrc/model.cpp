@@ -12,9 +12,9 @@
 namespace gemma {
 
 void Cache::truncate(int64_t n) {
-  GEMMA_CHECK(n >= 0 && n <= length_, "truncate(", n, "): the cache holds ", length_, " positions");
+  GEMMA_CHECK(n >= 0 && n <= length_, "truncate(", n, "): the cache holds ", length_.load(), " positions");
   if (ring_ && n > 0) {
-    // Position n sees keys from n - window + 1; slots hold the positions after high - ring.
+    // Position n sees keys from n - window + 1; slots hold the positions from high - ring on.
     const int64_t oldest = std::max<int64_t>(0, high_ - ring_);
     GEMMA_CHECK(oldest == 0 || n - window_ + 1 >= oldest, "truncate(", n,
                 "): sliding-window layers hold positions from ", oldest, " on, so this cache can go back to ",
@@ -26,7 +26,7 @@ void Cache::truncate(int64_t n) {
 
 std::unique_ptr<Cache> Cache::clone() const {
   auto copy = std::make_unique<Cache>(owner_, store_->clone(length_, high_), capacity_, ring_, window_);
-  copy->length_ = length_;
+  copy->length_ = length_.load();
   copy->high_ = high_;
   return copy;
 }
@@ -62,15 +62,16 @@ DType matrix_target(const HostTensor& t, DType wanted, bool embedding) {
   return wanted;
 }
 
-}  // namespace
+// A model's tensors on their way to a backend, each by its name in Hugging Face's checkpoints.
+struct Loader {
+  const Config& c;
+  const std::map<std::string, HostTensor>& tensors;
+  Backend& backend;
+  const LoadOptions& options;
+  std::vector<Model::Weight>& listing;
+  std::set<std::string> used = {};
 
-Model::Model(const Config& config, const std::map<std::string, HostTensor>& tensors, std::unique_ptr<Backend> backend,
-             const LoadOptions& options)
-    : config_(config), backend_(std::move(backend)), kv_f32_(options.kv_f32) {
-  const Config& c = config_;
-  std::set<std::string> used;
-
-  auto find = [&](const std::string& name, int64_t rows, int64_t cols, bool vector) -> const HostTensor& {
+  const HostTensor& find(const std::string& name, int64_t rows, int64_t cols, bool vector) {
     auto it = tensors.find(name);
     GEMMA_CHECK(it != tensors.end(), "tensor \"", name, "\" is missing; the config needs it with shape ",
                 shape_text(rows, cols, vector));
@@ -79,31 +80,31 @@ Model::Model(const Config& config, const std::map<std::string, HostTensor>& tens
                 shape_text(t.rows, t.cols, vector), ", the config needs ", shape_text(rows, cols, vector));
     used.insert(name);
     return t;
-  };
-  auto matrix = [&](const std::string& name, int64_t rows, int64_t cols) {
+  }
+
+  std::unique_ptr<Matrix> matrix(const std::string& name, int64_t rows, int64_t cols) {
     const HostTensor& t = find(name, rows, cols, false);
     const DType target = matrix_target(t, options.target, name == "model.embed_tokens.weight");
-    auto m = backend_->load_matrix(t, target, c.hidden_size < kFineBelow, options.consumed);
-    listing_.push_back({name, m.get(), nullptr, 0});
+    auto m = backend.load_matrix(t, target, c.hidden_size < kFineBelow, options.consumed);
+    listing.push_back({name, m.get(), nullptr, 0});
     return m;
-  };
-  auto vector = [&](const std::string& name, int64_t n) {
+  }
+
+  std::unique_ptr<Buffer> vector(const std::string& name, int64_t n) {
     const HostTensor& t = find(name, 1, n, true);
     GEMMA_CHECK(!encoding(t.type).quantized, "tensor \"", name, "\" is a vector and cannot be quantised (",
                 encoding(t.type).name, ")");
-    auto v = backend_->load_vector(t, c.norm_offset);
-    listing_.push_back({name, nullptr, v.get(), n});
+    auto v = backend.load_vector(t, c.norm_offset);
+    listing.push_back({name, nullptr, v.get(), n});
     return v;
-  };
+  }
 
-  const int64_t D = c.hidden_size, F = c.intermediate_size, E = c.head_dim;
-  embedding_ = matrix("model.embed_tokens.weight", c.vocab_size, D);
-  layers_.resize(c.num_layers);
-  for (int64_t i = 0; i < c.num_layers; ++i) {
-    LayerWeights& w = layers_[i];
+  LayerWeights layer(int64_t i) {
+    const int64_t D = c.hidden_size, F = c.intermediate_size, E = c.head_dim;
     const std::string p = "model.layers." + std::to_string(i) + ".";
     const bool slides =
         i < static_cast<int64_t>(c.sliding_layers.size()) && c.sliding_layers[i] && c.sliding_window > 0;
+    LayerWeights w;
     w.index = i;
     w.window = slides ? c.sliding_window : 0;
     w.rope_base = slides ? c.rope_base_local : c.rope_base;
@@ -128,15 +129,28 @@ Model::Model(const Config& config, const std::map<std::string, HostTensor>& tens
     w.gate = matrix(p + "mlp.gate_proj.weight", F, D);
     w.up = matrix(p + "mlp.up_proj.weight", F, D);
     w.down = matrix(p + "mlp.down_proj.weight", D, F);
-
-    int64_t ring = 0;
-    if (w.window) ring = (w.window + kMaxRows + kKeyBlock - 1) / kKeyBlock * kKeyBlock;
-    rings_.push_back(ring);
-    ring_ = std::max(ring_, ring);
+    return w;
   }
-  final_norm_ = vector("model.norm.weight", D);
+};
+
+}  // namespace
+
+Model::Model(const Config& config, const std::map<std::string, HostTensor>& tensors, std::unique_ptr<Backend> backend,
+             const LoadOptions& options)
+    : config_(config), backend_(std::move(backend)), kv_f32_(options.kv_f32) {
+  const Config& c = config_;
+  Loader loader{c, tensors, *backend_, options, listing_};
+  layers_.reserve(c.num_layers);
+  embedding_ = loader.matrix("model.embed_tokens.weight", c.vocab_size, c.hidden_size);
+  for (int64_t i = 0; i < c.num_layers; ++i) {
+    layers_.push_back(loader.layer(i));
+    const int64_t window = layers_.back().window;
+    rings_.push_back(window ? (window + kMaxRows + kKeyBlock - 1) / kKeyBlock * kKeyBlock : 0);
+    ring_ = std::max(ring_, rings_.back());
+  }
+  final_norm_ = loader.vector("model.norm.weight", c.hidden_size);
   for (const auto& [name, t] : tensors)
-    GEMMA_CHECK(used.count(name), "tensor \"", name, "\" is not part of a model with this config");
+    GEMMA_CHECK(loader.used.count(name), "tensor \"", name, "\" is not part of a model with this config");
 
   x_ = backend_->new_buffer();
   q_ = backend_->new_buffer();
@@ -223,9 +237,7 @@ void Model::head(const Wanted& w) {
     backend_->top_k(config_, *final_norm_, *embedding_, *x_, w.pick, w.best);
 }
 
-void Model::forward(const std::vector<std::vector<int32_t>>& tokens, const std::vector<Cache*>& caches,
-                    const Output& out, const Poll& poll) {
-  const Config& c = config_;
+void Model::check(const std::vector<std::vector<int32_t>>& tokens, const std::vector<Cache*>& caches) const {
   const size_t batch = tokens.size();
   GEMMA_CHECK(batch > 0, "no sequence given");
   GEMMA_CHECK(batch == caches.size(), batch, " token arrays but ", caches.size(), " caches");
@@ -235,13 +247,41 @@ void Model::forward(const std::vector<std::vector<int32_t>>& tokens, const std::
     GEMMA_CHECK(cache.owner_ == this, "cache ", i, " belongs to another model");
     for (size_t j = 0; j < i; ++j) GEMMA_CHECK(caches[j] != caches[i], "sequences ", j, " and ", i, " share one cache");
     GEMMA_CHECK(n > 0, "sequence ", i, " has no tokens; at least one is needed");
-    GEMMA_CHECK(n <= cache.capacity_ - cache.length_, "the cache holds ", cache.length_, " of ", cache.capacity_,
+    GEMMA_CHECK(n <= cache.capacity_ - cache.length_, "the cache holds ", cache.length(), " of ", cache.capacity_,
                 " positions; ", n, " more tokens do not fit");
     for (int32_t t : tokens[i])
-      GEMMA_CHECK(t >= 0 && t < c.vocab_size, "token id ", t, " is outside the embedding's rows [0, ", c.vocab_size,
-                  ")");
+      GEMMA_CHECK(t >= 0 && t < config_.vocab_size, "token id ", t, " is outside the embedding's rows [0, ",
+                  config_.vocab_size, ")");
   }
+}
 
+// In slices, so that a cancelled call stops soon.
+void Model::results_of_every_row(const std::vector<int32_t>& tokens, int64_t done, int64_t rows, const Output& out,
+                                 const Poll& poll) {
+  if (out.kind == Output::all_logits || out.kind == Output::all_top_k) {
+    for (int64_t r = 0; r < rows; r += 64) {
+      poll();
+      Wanted slice = wanted_at(out, done + r, config_.vocab_size);
+      for (int64_t j = r; j < std::min(rows, r + 64); ++j) slice.pick.push_back(j);
+      head(slice);
+    }
+  } else if (out.kind == Output::score) {
+    const int64_t scored = std::min(rows, static_cast<int64_t>(tokens.size()) - 1 - done);
+    for (int64_t r = 0; r < scored; r += 128) {
+      poll();
+      std::vector<int64_t> pick(std::min<int64_t>(scored - r, 128));
+      std::iota(pick.begin(), pick.end(), r);
+      const auto next = tokens.begin() + done + r + 1;
+      backend_->logprobs(config_, *final_norm_, *embedding_, *x_, pick, {next, next + pick.size()},
+                         out.values + done + r);
+    }
+  }
+}
+
+void Model::forward(const std::vector<std::vector<int32_t>>& tokens, const std::vector<Cache*>& caches,
+                    const Output& out, const Poll& poll) {
+  check(tokens, caches);
+  const size_t batch = tokens.size();
   std::vector<int64_t> done(batch, 0);
   for (bool more = true; more;) {
     poll();
@@ -261,6 +301,7 @@ void Model::forward(const std::vector<std::vector<int32_t>>& tokens, const std::
       Cache& cache = *caches[owner[s]];
       const int64_t end = rows.spans[s].position + rows.spans[s].count;
       cache.store_->reserve(end);
+      cache.bytes_ = cache.store_->bytes();
       cache.high_ = std::max(cache.high_, end);  // slots are overwritten even if this chunk is cancelled
     }
     Wanted last;  // results of sequences that end in this chunk
@@ -268,7 +309,7 @@ void Model::forward(const std::vector<std::vector<int32_t>>& tokens, const std::
     if (last_rows) {
       // Chunks fill up in the order of the sequences, so those that end in one stand side by side, from owner[0] on: the head's
       // weights are read once for all of them.
-      last = wanted_at(out, static_cast<int64_t>(owner[0]), c.vocab_size);
+      last = wanted_at(out, static_cast<int64_t>(owner[0]), config_.vocab_size);
       for (size_t s = 0; s < owner.size(); ++s) {
         const Span& span = rows.spans[s];
         if (done[owner[s]] + span.count == static_cast<int64_t>(tokens[owner[s]].size()))
@@ -277,24 +318,7 @@ void Model::forward(const std::vector<std::vector<int32_t>>& tokens, const std::
     }
     pass(rows, last, !last_rows, poll);
 
-    // Results of every row, before the tokens count as appended.
-    if (out.kind == Output::all_logits || out.kind == Output::all_top_k) {
-      // In slices, so that a cancelled call stops soon.
-      for (int64_t r = 0; r < rows.n; r += 64) {
-        poll();
-        Wanted slice = wanted_at(out, done[0] + r, c.vocab_size);
-        for (int64_t j = r; j < std::min(rows.n, r + 64); ++j) slice.pick.push_back(j);
-        head(slice);
-      }
-    } else if (out.kind == Output::score) {
-      std::vector<int64_t> pick;
-      std::vector<int32_t> target;
-      for (int64_t r = 0; r < rows.n && done[0] + r + 1 < static_cast<int64_t>(tokens[0].size()); ++r) {
-        pick.push_back(r);
-        target.push_back(tokens[0][done[0] + r + 1]);
-      }
-      if (!pick.empty()) backend_->logprobs(c, *final_norm_, *embedding_, *x_, pick, target, out.values + done[0]);
-    }
+    if (!last_rows) results_of_every_row(tokens[0], done[0], rows.n, out, poll);  // before tokens count as appended
     for (size_t s = 0; s < owner.size(); ++s) {
       caches[owner[s]]->length_ += rows.spans[s].count;
       done[owner[s]] += rows.spans[s].count;

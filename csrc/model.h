@@ -17,11 +17,16 @@ namespace gemma {
 class Cache {
  public:
   Cache(const void* owner, std::unique_ptr<KvStore> store, int64_t capacity, int64_t smallest_ring, int64_t window)
-      : owner_(owner), store_(std::move(store)), capacity_(capacity), ring_(smallest_ring), window_(window) {}
+      : owner_(owner),
+        store_(std::move(store)),
+        capacity_(capacity),
+        ring_(smallest_ring),
+        window_(window),
+        bytes_(store_->bytes()) {}
 
   int64_t length() const { return length_; }
   int64_t capacity() const { return capacity_; }
-  size_t bytes() const { return store_->bytes(); }
+  size_t bytes() const { return bytes_; }
   // Keeps the first n positions. Throws InputError when a sliding layer no longer holds what position n would see.
   void truncate(int64_t n);
   std::unique_ptr<Cache> clone() const;
@@ -33,8 +38,11 @@ class Cache {
   int64_t capacity_;
   int64_t ring_;  // positions the sliding layers hold; 0: the model has none
   int64_t window_;
-  int64_t length_ = 0;
-  int64_t high_ = 0;  // positions written since the last one that overwrote them: slots hold (high - ring, high]
+  // Read by other threads while a pass runs.
+  std::atomic<int64_t> length_{0};
+  std::atomic<size_t> bytes_;
+  int64_t high_ =
+      0;  // one past the furthest position written since the cache was empty: slots hold [high - ring, high)
 };
 
 struct LoadOptions {
@@ -78,8 +86,12 @@ class Model {
 
  private:
   void resize_buffers(int64_t rows);
+  void check(const std::vector<std::vector<int32_t>>& tokens, const std::vector<Cache*>& caches) const;
   void pass(const Rows& rows, const Wanted& wanted, bool every_row, const Poll& poll);
   void head(const Wanted& wanted);
+  // Of rows [0, rows) in x_, which are tokens [done, done + rows).
+  void results_of_every_row(const std::vector<int32_t>& tokens, int64_t done, int64_t rows, const Output& out,
+                            const Poll& poll);
 
   Config config_;
   std::unique_ptr<Backend> backend_;

@@ -68,7 +68,7 @@ void with_type(DType t, F&& f) {
   }
 }
 
-// Bytes of one row of k values as files store it. k must be a multiple of the block (checked by the caller).
+// Bytes of one row of k values as files store it, the last block whole.
 size_t row_bytes(DType type, int64_t k);
 // Bytes of a tiled matrix; rows are padded to 32 and k to the block.
 size_t tiled_bytes(DType type, int64_t rows, int64_t k);
@@ -110,7 +110,7 @@ void encode_row(DType type, const float* x, int64_t k, uint8_t* row, Q4Errors er
 // A matrix as the loaders of the backends take it. Throws InputError for panels of another type than `target`, and for rows that are no
 // whole number of blocks, but for panels with blocks of 32.
 void check_convertible(const HostTensor& source, DType target);
-// Row r of `source`, whatever its type, as a file's row of `target` (BF16, Q8_0 or Q4_0). values: cols + 256 floats of scratch. Throws
+// Row r of `source`, whatever its type, as a file's row of `target` (BF16, Q8_0 or Q4_0). values: cols floats of scratch. Throws
 // InputError naming tensor and row.
 void convert_row(const HostTensor& source, int64_t r, DType target, float* values, uint8_t* out,
                  Q4Errors errors = q4_errors);

@@ -207,6 +207,44 @@ def test_what_a_stop_string_cut_is_not_in_the_history() -> None:
     assert "odel\na b<end_of_turn>\n<start_of_turn>" in final
 
 
+def test_a_conversation_goes_on_from_its_messages() -> None:
+    chat, model, gemma = conversation("hello world", "the", "c")
+    chat.send("  hello!\n", **GREEDY)
+    chat.send("a b", **GREEDY)
+    again = gemma.chat(messages=chat.messages)
+    assert again.messages == chat.messages and again._tokens == chat._tokens
+    model.read.clear()
+    assert again.send("b", **GREEDY).text == "c"
+    assert seen(model)[: len(chat._tokens)] == chat._tokens
+    elsewhere = [{"role": {"model": "assistant"}.get(role, role), "content": text} for role, text in chat.messages]
+    assert gemma.chat(messages=elsewhere)._tokens == chat._tokens
+    told = gemma.chat(system="the", messages=iter(chat.messages))._tokens
+    assert told == ids("<bos><start_of_turn>user\nthe\n\n") + chat._tokens[len(ids("<bos><start_of_turn>user\n")) :]
+    again.reset()
+    assert again.messages == [] and not again._tokens and len(chat.messages) == 4
+
+
+@pytest.mark.parametrize(
+    ("messages", "error", "message"),
+    [
+        ([("user", "a")], ValueError, "last of the messages"),
+        ([("model", "a"), ("user", "b")], ValueError, r"messages\[0\] is the model's"),
+        ([("user", "a"), ("user", "b")], ValueError, r"messages\[1\] is the user's"),
+        ([{"role": "system", "content": "a"}], ValueError, "system="),
+        ([("tool", "a")], ValueError, "tool"),
+        (["user"], TypeError, r"messages\[0\]"),
+        ([("user", ["a"])], TypeError, "role, text"),
+        ([{"role": "user"}], TypeError, "content"),
+        ("user", TypeError, r"messages\[0\]"),
+    ],
+)
+def test_messages_that_are_none(messages: Any, error: type[Exception], message: str) -> None:
+    _, model, gemma = conversation("a")
+    with pytest.raises(error, match=message):
+        gemma.chat(messages=messages)
+    assert not model.steps
+
+
 def test_wrong_arguments() -> None:
     chat, model, _ = conversation("a")
     with pytest.raises(TypeError, match="text"):

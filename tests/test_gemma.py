@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemma_native import Gemma, SamplingParams
+from gemma_native.gemma import Score
 
 WORDS = fake_native.tokenizer()
 
@@ -92,6 +93,7 @@ def test_token_ids_are_used_as_given() -> None:
         (None, TypeError, "None"),
         (7, TypeError, "int"),
         ([[5], []], ValueError, "no tokens"),
+        ([], ValueError, "at least one prompt"),
         ([5] * (CONTEXT + 1), ValueError, f"{CONTEXT + 1} tokens"),
         ("a!" * CONTEXT, ValueError, "context"),
     ],
@@ -551,6 +553,9 @@ def test_score() -> None:
         assert value == pytest.approx(row[score.tokens[i + 1]] - np.log(np.exp(row).sum()), abs=1e-4)
     assert score.perplexity == pytest.approx(math.exp(-float(np.mean(score.logprobs))))
     assert gemma.score(score.tokens).perplexity == score.perplexity
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Score([1, 2], np.array([-800], np.float32)).perplexity == math.inf
     for bad in ("", [BOS]):
         with pytest.raises(ValueError, match="two tokens"):
             gemma.score(bad)

@@ -93,6 +93,30 @@ def test_top_k_of_a_scanned_head(speck: Callable[..., Checkpoint], tmp_path: Pat
         assert values.tobytes() == logits[i][ids].tobytes()
 
 
+def test_a_head_on_which_the_scan_fails(speck: Callable[..., Checkpoint]) -> None:
+    """Low bits that are all alike put a product far beyond what the high bits promise: the best are found all the same."""
+    vocab, k = 1024, 256
+    c = speck(vocab_size=vocab, hidden_size=k)
+    high = np.random.default_rng(15).integers(0, 16, (vocab, k))
+    high[5] = np.where(
+        np.arange(k) % 2, 8, 6
+    )  # 15 and -17: its product with itself is within bounds, that of the next is not
+    high[6] = 8
+    blocks = np.zeros((vocab, k // 32, 34), np.uint8)
+    blocks[..., :2] = np.array([0.001], np.float16).view(np.uint8)
+    blocks[..., 2:] = (16 * high + 15 - 128).astype(np.int8).view(np.uint8).reshape(vocab, -1, 32)
+    tensors = {name: (d, shape, memoryview(bytes(len(data)))) for name, (d, shape, data) in c.tensors.items()}
+    tensors["model.embed_tokens.weight"] = ("Q8_0", (vocab, k), memoryview(blocks.tobytes()))
+    config = dataclasses.replace(c.config, final_softcap=0.0)
+    for calls in ([[5], [6], [6]], [[5], [5, 6], [5, 6]]):
+        m = _native.Model(config, tensors)
+        for tokens in calls:
+            ids, values = m.forward_batch([[t] for t in tokens], [m.new_cache() for _ in tokens], top_k=1)
+            logits = m.forward_batch([[t] for t in tokens], [m.new_cache() for _ in tokens])
+            np.testing.assert_array_equal(ids[:, 0], logits.argmax(-1))
+            assert same(values[:, 0], logits.max(-1))
+
+
 @pytest.mark.parametrize("weights", ["auto", "int8"])
 def test_top_k_ties_go_to_the_lower_id(checkpoint: Callable[[str], Checkpoint], weights: str) -> None:
     c = checkpoint("gemma-mqa")
@@ -269,9 +293,8 @@ def test_cancel_before_the_call(speck_model: Any) -> None:
         with pytest.raises(_native.Cancelled):
             call()
         assert cache.length == 5
-    flag.clear()
-    assert not flag.is_set()
-    assert same(m.forward(tokens[5:], cache, cancel=flag), m.forward(tokens, m.new_cache()))
+    fresh = _native.CancelFlag()
+    assert same(m.forward(tokens[5:], cache, cancel=fresh), m.forward(tokens, m.new_cache())) and not fresh.is_set()
 
 
 def test_cancel_while_waiting_for_another_call(speck_model: Any) -> None:
@@ -289,8 +312,14 @@ def test_cancel_while_waiting_for_another_call(speck_model: Any) -> None:
     while caches[0].length == 0:
         time.sleep(0.0002)
     flag.set()
-    with pytest.raises(_native.Cancelled):
-        m.forward(tokens[:1], m.new_cache(), cancel=flag)
+    other = m.new_cache()
+    for call in (
+        lambda: m.forward(tokens[:1], other, cancel=flag),
+        lambda: other.truncate(0, cancel=flag),
+        lambda: other.clone(cancel=flag),
+    ):
+        with pytest.raises(_native.Cancelled):
+            call()
     assert caches[-1].length < 4096  # the other call was not waited for
     long_flag.set()
     thread.join(60)

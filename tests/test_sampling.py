@@ -310,6 +310,8 @@ def test_settings_over_params() -> None:
     assert params.top_k == 5
     with pytest.raises(TypeError, match="temperature"):
         make_params(None, {"temprature": 1})
+    with pytest.raises(TypeError, match="did you mean max_tokens"):
+        make_params(None, {"max_new_tokens": 1})
     with pytest.raises(TypeError, match="xyz"):
         make_params(None, {"xyz": 1})
     with pytest.raises(TypeError, match="SamplingParams"):

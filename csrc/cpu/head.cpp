@@ -160,7 +160,14 @@ std::vector<int64_t> HeadScan::reachable(const Kernels& kernels, ThreadPool& poo
   for (int64_t i = 0; i < x.n; ++i) {
     if (!std::isfinite(bar[i]) || (softcap > 0 && bar[i] > kUnsaturated * softcap)) return all();
     const float* high = bounds_.high.data() + i * total;
-    for (int64_t p = 0; p < total; ++p) in[p] |= static_cast<uint8_t>(high[p] >= bar[i]);
+    int64_t count = 0;
+    for (int64_t p = 0; p < total; ++p) {
+      const bool reaches = high[p] >= bar[i];
+      in[p] |= static_cast<uint8_t>(reaches);
+      count += reaches;
+    }
+    // The k panels of the bar do not reach it themselves: their bounds are wrong, as `check` will see from all of them.
+    if (count < k) return all();
   }
   std::vector<int64_t> reachable;
   for (int64_t p = 0; p < total; ++p)

@@ -39,7 +39,7 @@ std::unique_ptr<CpuMatrix> load_cpu_matrix(ThreadPool& pool, const HostTensor& s
       std::vector<uint8_t> rows;
       map_pages(s.data + byte_of(first + begin), byte_of(first + end) - byte_of(first + begin));
       if (s.type != target) {
-        values.resize(s.cols + 256);
+        values.resize(s.cols);
         rows.resize(out_row * kPanel);
       }
       for (int64_t p = first + begin; p < first + end; ++p) {

@@ -6,8 +6,6 @@
 // they have one port instead of two (measured on Emerald Rapids). So a block in two parts, with twice as much of that, gains nothing.
 #pragma once
 
-#include <algorithm>
-
 #include "common-inl.h"
 #include "encodings-inl.h"
 
@@ -53,7 +51,7 @@ struct TileRows : SumsInTile {
     tile_load<4>(w[0], 64);
     tile_load<5>(w[1], 64);
     // The last tile ends with the rows, some of which the one before may have done.
-    const auto first = [&](int i) { return std::min(i, rows - kTile); };
+    const auto first = [&](int i) { return min_of(i, rows - kTile); };
     multiply(q, 0);
     for (int i = 0, at = 0; i < rows; i += kTile, at ^= 1) {
       const int from = first(i), later = first(i + kTile);

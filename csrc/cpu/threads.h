@@ -49,7 +49,7 @@ class ThreadPool {
   Shared* shared_ = nullptr;
 };
 
-// min(affinity, cgroup quota, physical cores), at least 1
+// On Linux min(affinity, cgroup quota, physical cores), elsewhere the logical CPUs; at least 1
 int default_threads();
 
 }  // namespace gemma

@@ -165,7 +165,7 @@ std::unique_ptr<GpuMatrix> load_gpu_matrix(const std::shared_ptr<Device>& device
   for (int64_t first = 0; first < s.rows; first += slice) {
     const int64_t count = std::min(slice, s.rows - first);
     const auto lay = [&](int64_t begin, int64_t end) {
-      std::vector<float> values(static_cast<size_t>(s.cols) + 256);
+      std::vector<float> values(static_cast<size_t>(s.cols));
       std::vector<uint8_t> row(out_row);
       for (int64_t r = begin; r < end; ++r) {
         const uint8_t* from = source_row(s, first + r, target, values, row);

@@ -17,12 +17,11 @@ class Cancelled(Exception):
     """A call stopped because its CancelFlag was set."""
 
 class CancelFlag:
-    """Stops the calls that it was given to, from any thread, within one layer."""
+    """Stops the calls that it was given to, from any thread, within a layer, or 128 rows of `score`'s logits."""
 
     def __init__(self) -> None: ...
     def set(self) -> None: ...
     def is_set(self) -> bool: ...
-    def clear(self) -> None: ...
 
 class Cache:
     """One sequence's keys and values; made by Model.new_cache and used with that model alone."""
@@ -39,7 +38,8 @@ class Cache:
 
         Waits for another thread's call on the model, unless `cancel` is set: then it raises Cancelled.
         """
-    def clone(self) -> Cache: ...
+    def clone(self, *, cancel: CancelFlag | None = None) -> Cache:
+        """A copy with a length of its own. Waits as `truncate` does."""
 
 class Model:
     """A Gemma on one device. Calls from several threads queue; the GIL is released while they compute.

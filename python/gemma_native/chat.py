@@ -8,6 +8,7 @@ Gemma 1 and 2 too, whose templates would refuse it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .gemma import Gemma
@@ -15,12 +16,14 @@ from .sampling import SamplingParams, make_params
 from .sequence import Completion, Prefix, Running
 from .stream import Stream
 
+Message = tuple[str, str] | Mapping[str, str]
+
 
 class Chat:
     """One conversation. `send` answers whole, `stream` in pieces; `messages` shows the history as (role, text): changing it changes
-    nothing, `reset()` begins anew. For one thread at a time."""
+    nothing, `reset()` begins anew. For one thread at a time. Make one with `Gemma.chat`."""
 
-    def __init__(self, gemma: Gemma, system: str | None = None) -> None:
+    def __init__(self, gemma: Gemma, system: str | None = None, messages: Iterable[Message] = ()) -> None:
         tokenizer = gemma.tokenizer
         turn, end = tokenizer.id("<start_of_turn>"), tokenizer.id("<end_of_turn>")
         if turn is None or end is None:
@@ -31,6 +34,7 @@ class Chat:
         self._turn, self._end = turn, end
         self._system = system
         self.reset()
+        self._recall([_role_and_text(i, m) for i, m in enumerate(messages)])
 
     def reset(self) -> None:
         """Forgets the conversation; the system text stays."""
@@ -57,22 +61,36 @@ class Chat:
         if self._open is not None:
             self._open.close()
         gemma = self._gemma
-        said = text.strip()
-        if self._system and not self._tokens:
-            said = f"{self._system}\n\n{said}"
-        prompt = self._tokens or [gemma.config.bos_token_id]
-        prompt = gemma._ids([*prompt, *self._turn_tokens("user", said), self._turn, *self._encode("model\n")])
+        prompt = gemma._ids(self._asked(text))
         cache = self._prefix.rewind(prompt) if self._prefix else gemma._new_cache(gemma._context)
         ends = gemma._ends(chosen) | {self._end}
         sequence = Running(prompt, chosen, 0, cache, gemma.tokenizer, ends)
         self._open = ChatStream(self, text, sequence)
         return self._open
 
+    def _recall(self, messages: list[tuple[str, str]]) -> None:
+        for i, (role, _) in enumerate(messages):
+            if role != ("user", "model")[i % 2]:
+                raise ValueError(f"messages[{i}] is the {role}'s; user and model take turns, the user first")
+        if len(messages) % 2:
+            raise ValueError("the last of the messages is the user's; give it to send() or stream()")
+        for (_, text), (_, answer) in zip(messages[::2], messages[1::2], strict=True):
+            self._tokens = self._answered(self._asked(text), self._encode(answer))
+        self.messages = messages
+
     def _encode(self, text: str) -> list[int]:
         return self._gemma.tokenizer.encode(text, bos=False)
 
-    def _turn_tokens(self, role: str, text: str) -> list[int]:
-        return [self._turn, *self._encode(f"{role}\n{text}"), self._end, *self._encode("\n")]
+    def _asked(self, text: str) -> list[int]:
+        """The conversation so far, what the user says, and the beginning of the model's turn."""
+        said = text.strip()
+        if self._system and not self._tokens:
+            said = f"{self._system}\n\n{said}"
+        turn = [self._turn, *self._encode(f"user\n{said}"), self._end, *self._encode("\n")]
+        return [*(self._tokens or [self._gemma.config.bos_token_id]), *turn, self._turn, *self._encode("model\n")]
+
+    def _answered(self, asked: list[int], answer: list[int]) -> list[int]:
+        return [*asked, *answer, self._end, *self._encode("\n")]
 
     def _close_turn(self, text: str, sequence: Running) -> None:
         """The answer is over: it becomes history, unless not even its prompt was read."""
@@ -82,8 +100,21 @@ class Chat:
             return
         answer = sequence.text.text if sequence.text is not None else ""
         said = self._encode(answer) if sequence.cut else sequence.tokens  # without what a stop string took away
-        self._tokens = [*sequence.prompt, *said, self._end, *self._encode("\n")]
+        self._tokens = self._answered(sequence.prompt, said)
         self.messages += [("user", text), ("model", answer)]
+
+
+def _role_and_text(index: int, message: Any) -> tuple[str, str]:
+    if isinstance(message, Mapping):
+        message = (message.get("role"), message.get("content"))
+    if not isinstance(message, (tuple, list)) or len(message) != 2 or not all(isinstance(x, str) for x in message):
+        raise TypeError(f"messages[{index}] must be (role, text), or role and content in a dict, not {message!r:.80}")
+    role, text = message
+    if role == "system":
+        raise ValueError(f"messages[{index}] is a system text; give it as system=")
+    if role not in ("user", "model", "assistant"):
+        raise ValueError(f"messages[{index}]: the role is user, model or assistant, not {role!r:.40}")
+    return "user" if role == "user" else "model", text
 
 
 class ChatStream(Stream):

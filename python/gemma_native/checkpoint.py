@@ -32,8 +32,12 @@ class Checkpoint:
     pieces: int | None = None  # of the vocabulary, where they can be counted without building the tokenizer
     progress: Progress | None = None  # called with (bytes done, bytes in all); None: a bar in a terminal
     _maps: dict[str, tuple[mmap.mmap, int]] = field(default_factory=dict)  # tensor: its map and where it begins there
+    _total: int = field(init=False)  # bytes of all tensors
     _done: int = 0
     _bar: Any = None
+
+    def __post_init__(self) -> None:
+        self._total = sum(len(data) for _, _, data in self.tensors.values())
 
     def consumed(self, name: str, begin: int, end: int) -> None:
         """Bytes [begin, end) of a tensor are no longer needed: gives their pages back and moves the progress bar."""
@@ -42,14 +46,13 @@ class Checkpoint:
             data, base = found
             release(data, base + begin, base + end)
         self._done += end - begin
-        total = sum(len(data) for _, _, data in self.tensors.values())
         if self.progress is not None:
-            self.progress(self._done, total)
+            self.progress(self._done, self._total)
         elif sys.stderr is not None and sys.stderr.isatty():
             if self._bar is None:
                 from tqdm import tqdm
 
-                self._bar = tqdm(total=total, unit="B", unit_scale=True, desc="loading", leave=False, delay=0.5)
+                self._bar = tqdm(total=self._total, unit="B", unit_scale=True, desc="loading", leave=False, delay=0.5)
             self._bar.update(end - begin)
 
     def restart(self) -> None:
@@ -59,10 +62,9 @@ class Checkpoint:
 
     def loaded(self) -> None:
         """The model is built: progress reaches its end (tensors that are used where they lie were never consumed)."""
-        total = sum(len(data) for _, _, data in self.tensors.values())
-        if self.progress is not None and self._done < total:
-            self.progress(total, total)
-        self._done = max(self._done, total)
+        if self.progress is not None and self._done < self._total:
+            self.progress(self._total, self._total)
+        self._done = max(self._done, self._total)
         self._end_bar()
 
     def _end_bar(self) -> None:

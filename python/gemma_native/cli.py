@@ -1,7 +1,7 @@
 """The command `gemma-native`: generate, chat, info, bench and quantize.
 
-Everything here goes through the public classes. What goes wrong is told in one line on stderr with exit code 2; Ctrl-C
-ends with 130; a reader that closes the pipe is no error. Nothing is written but what `quantize` is asked to write.
+What goes wrong is told in one line on stderr with exit code 2; Ctrl-C ends with 130; a reader that closes the pipe is no
+error.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .gemma import Gemma
 
 PROGRAM = "gemma-native"
+SOURCE = 'a directory, a .gguf or packed .safetensors file, a Hub id, or "demo"'
 CHAT_HELP = """/reset   forget the conversation
 /exit    leave (so does Ctrl-D)
 /help    this text
@@ -158,41 +159,38 @@ def _parser() -> Parser:
 
     def loading(sub: argparse.ArgumentParser, model: bool = True) -> None:
         if model:
-            sub.add_argument(
-                "--model", required=True, metavar="SOURCE", help='a directory, a .gguf file, a Hub id, or "demo"'
-            )
+            sub.add_argument("--model", required=True, metavar="SOURCE", help=SOURCE)
         sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
-        sub.add_argument("--threads", type=_count, metavar="N", help="default: this machine's physical cores")
+        sub.add_argument("--threads", type=_count, metavar="N", help="default: the physical cores that may be used")
         sub.add_argument("--weights", choices=["auto", "bf16", "int8", "int4"], default="auto", help="auto: as stored")
         sub.add_argument("--kv", choices=["bf16", "f32"], default="bf16", help="precision of the KV cache")
 
-    def sampling(sub: argparse.ArgumentParser) -> None:
+    def generating(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--context", type=_count, metavar="N", help="positions to plan for (default: the model's)")
+        sub.add_argument(
+            "--deterministic", action="store_true", help="the same bits for any split and batch, on CUDA too"
+        )
         group = sub.add_argument_group("sampling")
         for field, how in SAMPLING.items():
-            flag = "--stop-token" if field == "stop_tokens" else "--" + field.replace("_", "-")
-            group.add_argument(flag, dest=field, default=argparse.SUPPRESS, **how)
+            group.add_argument("--" + field.replace("_", "-"), default=argparse.SUPPRESS, **how)
 
     sub = command("generate", _generate, "continue a prompt")
     sub.add_argument("prompt", nargs="?", help="the text to continue; without it, or for -, standard input is read")
     loading(sub)
-    sub.add_argument("--context", type=_count, metavar="N", help="positions to plan for (default: the model's)")
-    sub.add_argument("--deterministic", action="store_true", help="the same bits on every run, on CUDA too")
     sub.add_argument("--stats", action="store_true", help="tokens/s on stderr at the end")
     sub.add_argument("--n", type=_count, default=argparse.SUPPRESS, metavar="N", help="N answers, not streamed")
     sub.add_argument(
         "--logprobs", type=int, default=argparse.SUPPRESS, metavar="K", help="log-probabilities on stderr, with K best"
     )
-    sampling(sub)
+    generating(sub)
 
     sub = command("chat", _chat, "talk with an instruction-tuned model")
     loading(sub)
     sub.add_argument("--system", metavar="TEXT", help="instructions that hold for the whole conversation")
-    sub.add_argument("--context", type=_count, metavar="N", help="positions to plan for (default: the model's)")
-    sub.add_argument("--deterministic", action="store_true", help="the same bits on every run, on CUDA too")
-    sampling(sub)
+    generating(sub)
 
     sub = command("info", _info, "describe a checkpoint and this machine, without loading the weights")
-    sub.add_argument("model", metavar="SOURCE", help='a directory, a .gguf file, a Hub id, or "demo"')
+    sub.add_argument("model", metavar="SOURCE", help=SOURCE)
     loading(sub, model=False)
     sub.add_argument("--tensors", action="store_true", help="list every tensor")
     sub.add_argument("--json", action="store_true", help="as JSON, every tensor included")
@@ -207,10 +205,10 @@ def _parser() -> Parser:
     sub.add_argument("--json", action="store_true", help="as JSON")
 
     sub = command("quantize", _quantize, "write a packed file that loads in milliseconds")
-    sub.add_argument("source", metavar="SRC", help="a directory, a .gguf file or a Hub id")
+    sub.add_argument("source", metavar="SRC", help=SOURCE)
     sub.add_argument("destination", metavar="DST", help="the .safetensors file to write")
     sub.add_argument("--weights", choices=["auto", "int8", "int4"], default="auto", help="auto: as stored")
-    sub.add_argument("--threads", type=_count, metavar="N", help="default: this machine's physical cores")
+    sub.add_argument("--threads", type=_count, metavar="N", help="default: the physical cores that may be used")
     sub.add_argument("--force", action="store_true", help="overwrite DST")
     return parser
 
@@ -289,8 +287,11 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _print_logprobs(gemma: Gemma, result: Any) -> None:
+    from .tokenizer import Detokenizer
+
     def show(token: int) -> str:
-        return repr(gemma.tokenizer.decode([token]))
+        text = Detokenizer(gemma.tokenizer, start=True)  # a model may have more tokens than its vocabulary has pieces
+        return repr(text.push(token) + text.flush())
 
     for entry in result.logprobs:
         best = "  ".join(f"{show(token)} {value:.3f}" for token, value in entry.top)

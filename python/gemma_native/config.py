@@ -149,13 +149,15 @@ _LIMITS: dict[str, tuple[float, float]] = {
 }
 
 
+_WHOLE = {f.name for f in fields(Config) if f.type == "int"}
+
+
 def _checked(c: Config, source: str) -> Config:
     for name, (low, high) in _LIMITS.items():
         value = getattr(c, name)
-        integral = isinstance(low, int) and name not in ("rms_norm_eps", "norm_offset", "attn_softcap", "final_softcap")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
             raise FormatError(f"{source}: {name} is {value!r:.60}, outside [{low:g}, {high:g}]")
-        if integral and not name.startswith(("rope", "query")) and not isinstance(value, int):
+        if name in _WHOLE and not isinstance(value, int):
             raise FormatError(f"{source}: {name} is {value!r:.60}; an integer is expected")
     if c.architecture not in _ARCHITECTURES.values():
         raise FormatError(f"{source}: architecture is {c.architecture!r:.60}; gemma, gemma2 and gemma3 are supported")

@@ -6,7 +6,6 @@ still runs, and a sequence's tokens do not depend on its company.
 
 from __future__ import annotations
 
-import math
 import os
 import time
 import warnings
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _native
-from .checkpoint import Progress
+from .checkpoint import Checkpoint, Progress
 from .config import Config
 from .sampling import SamplingParams, distinct, is_integer, make_params
 from .sequence import Completion, Prefix, Rows, Running
@@ -28,7 +27,7 @@ from .stream import Stream
 from .weights import open_checkpoint
 
 if TYPE_CHECKING:
-    from .chat import Chat
+    from .chat import Chat, Message
     from .tokenizer import Tokenizer
 
 MAX_BATCH = 64  # sequences that run at once; more prompts wait their turn, so that their caches need not exist yet
@@ -44,7 +43,8 @@ class Score:
     perplexity: float = field(init=False)  # exp of the mean negative log-probability
 
     def __post_init__(self) -> None:
-        self.perplexity = math.exp(-float(self.logprobs.mean(dtype=np.float64)))
+        with np.errstate(over="ignore"):  # a text that the model takes for impossible has an infinite one
+            self.perplexity = float(np.exp(-self.logprobs.mean(dtype=np.float64)))
 
 
 class Gemma:
@@ -97,46 +97,20 @@ class Gemma:
 
         Raises FileNotFoundError, FormatError, MissingDependency, TypeError and ValueError (settings), MemoryError, RuntimeError (device).
         """
-        for name, value in (("device", device), ("weights", weights), ("kv", kv)):
-            if not isinstance(value, str):
-                raise TypeError(f"{name} must be a string, not {value!r:.60}")
-        if threads is not None and not is_integer(threads):
-            raise TypeError(f"threads must be an integer or None, not {threads!r:.60}")
-        if context is not None and (isinstance(context, bool) or not isinstance(context, int)):
-            raise TypeError(f"context must be an integer or None, not {context!r:.60}")
-        if not isinstance(deterministic, bool):
-            raise TypeError(f"deterministic must be True or False, not {deterministic!r:.60}")
-        automatic = device == "auto"
-        if automatic:
-            device = "cpu" if _native.cuda_status() else "cuda"
-        arguments = {
-            "device": device, "weights": weights, "kv": kv, "threads": threads, "context": context,
-            "deterministic": deterministic,
+        settings: dict[str, Any] = {
+            "device": device, "weights": weights, "kv": kv, "threads": threads, "deterministic": deterministic,
         }  # fmt: skip
+        _check_settings(settings, context)
         checkpoint = open_checkpoint(source, progress)
         try:
             config = checkpoint.config
             if context is not None and not 1 <= context <= config.context_length:
                 raise ValueError(f"context must be between 1 and {config.context_length} tokens, not {context}")
-
-            def build(device: str) -> _native.Model:
-                return _native.Model(
-                    config, checkpoint.tensors, device, threads, kv=kv, weights=weights,
-                    consumed=checkpoint.consumed, deterministic=deterministic,
-                )  # fmt: skip
-
-            try:
-                model = build(device)
-            except (MemoryError, RuntimeError) as e:
-                if not automatic or device == "cpu":
-                    raise
-                warnings.warn(f"the GPU cannot be used: {e}; the CPU is", stacklevel=2)
-                checkpoint.restart()
-                device = arguments["device"] = "cpu"
-                model = build(device)
+            model = _build(checkpoint, settings)
             checkpoint.loaded()
             name = os.fspath(source)
-            loaded_with = {"source": os.path.abspath(name) if os.path.exists(name) else name, **arguments}
+            at = name if name == "demo" or not os.path.exists(name) else os.path.abspath(name)
+            loaded_with = {"source": at, "context": context, **settings}
             gemma = cls(
                 model,
                 config,
@@ -306,8 +280,7 @@ class Gemma:
                 raise _native.Cancelled
             new = [s.tokens[-1], *tried]
             rows = Rows.of(model.forward(new, cache, all_logits=True, **wanted, cancel=flag), wanted)
-        except _native.Cancelled:
-            cache.truncate(start)
+        except _native.Cancelled:  # nothing was appended
             return s.end("cancelled")
         step, pieces, right, row = time.perf_counter() - began, [], 0, 0
         try:
@@ -334,7 +307,10 @@ class Gemma:
             assert source is not None
             if source.length < len(s.prompt):
                 return False
-            s.cache = Prefix(source.clone(), s.prompt).rewind(s.prompt)
+            try:
+                s.cache = Prefix(source.clone(cancel=flag), s.prompt).rewind(s.prompt, flag)
+            except _native.Cancelled:  # the first pass will say so
+                s.cache = self._new_cache(len(s.prompt))
         else:
             s.cache = self._cache(s, flag)
         return True
@@ -386,7 +362,7 @@ class Gemma:
         else:
             ids = [_token(t) for t in prompt]
         if not ids:
-            raise ValueError("the prompt has no tokens; at least one is needed")
+            raise ValueError("the prompt has no tokens; at least one is needed (a batch needs at least one prompt)")
         rows = self.config.vocab_size
         for t in ids:
             if not 0 <= t < rows:
@@ -473,8 +449,14 @@ class Gemma:
             self._end(flag)
             raise
 
-    def chat(self, system: str | None = None) -> Chat:
-        """Starts a conversation. See `Chat`. Raises ValueError where the vocabulary has no turns."""
+    def chat(self, system: str | None = None, messages: Iterable[Message] = ()) -> Chat:
+        """Starts a conversation, or goes on with one.
+
+        messages: what was said before, by the user and the model in turn: (role, text), as `Chat.messages` has them, or
+            {"role": ..., "content": ...}; the model's role is "model" or "assistant". The next word is the user's.
+
+        Raises ValueError where the vocabulary has no turns, and for messages in another order; TypeError.
+        """
         from .chat import Chat
 
         if self._chat_template is None and not self._warned:
@@ -483,7 +465,7 @@ class Gemma:
                 "this checkpoint has no chat template: it is probably a base model, which continues text rather than answers",
                 stacklevel=2,
             )
-        return Chat(self, system)
+        return Chat(self, system, messages)
 
     def score(self, text: str | Sequence[int]) -> Score:
         """How probable the model finds a text: log-probabilities of each token after the first, and the perplexity.
@@ -517,6 +499,35 @@ class Gemma:
             ids.insert(0, t.bos_id)
         stops = [*chosen.stop_tokens, first, middle, last, separator]
         return self.generate(ids, make_params(chosen, {"stop_tokens": stops}))
+
+
+def _check_settings(settings: dict[str, Any], context: int | None) -> None:
+    for name in ("device", "weights", "kv"):
+        if not isinstance(settings[name], str):
+            raise TypeError(f"{name} must be a string, not {settings[name]!r:.60}")
+    for name, value in (("threads", settings["threads"]), ("context", context)):
+        if value is not None and not is_integer(value):
+            raise TypeError(f"{name} must be an integer or None, not {value!r:.60}")
+    if not isinstance(settings["deterministic"], bool):
+        raise TypeError(f"deterministic must be True or False, not {settings['deterministic']!r:.60}")
+
+
+def _build(checkpoint: Checkpoint, settings: dict[str, Any]) -> _native.Model:
+    """The model on the device of the settings. "auto" becomes "cuda", or "cpu" where no GPU can be used."""
+
+    def build(device: str) -> _native.Model:
+        settings["device"] = device
+        return _native.Model(checkpoint.config, checkpoint.tensors, consumed=checkpoint.consumed, **settings)
+
+    if settings["device"] != "auto":
+        return build(settings["device"])
+    if not _native.cuda_status():
+        try:
+            return build("cuda")
+        except (MemoryError, RuntimeError) as e:
+            warnings.warn(f"the GPU cannot be used: {e}; the CPU is", stacklevel=3)
+            checkpoint.restart()
+    return build("cpu")
 
 
 def _warn_of_pieces(pieces: int, config: Config) -> None:

@@ -1,7 +1,7 @@
 """What a checkpoint and this machine are (`gemma-native info`), and how fast they are together (`gemma-native bench`).
 
 `describe` opens a checkpoint's tables without reading its weights. `bench` times whole calls of the native model
-between probes of the machine's own ceilings. Neither writes anything.
+between probes of the machine's own ceilings.
 """
 
 from __future__ import annotations

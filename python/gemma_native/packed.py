@@ -52,10 +52,7 @@ def save_packed(
     if tokenizer is not None:
         blobs.append((_TOKENIZER, "U8", (len(tokenizer),), memoryview(tokenizer)))
     for name, dtype, shape, data in blobs:
-        if len(data) % _ALIGN:  # padding is a tensor of its own, since the format allows no gaps
-            pad = bytes(-len(data) % _ALIGN)
-        else:
-            pad = b""
+        pad = bytes(-len(data) % _ALIGN)  # a tensor of its own, since the format allows no gaps
         if dtype.startswith("TILED:"):
             dtype, shape = "U8", (len(data),)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + len(data)]}

@@ -129,6 +129,17 @@ def _number(params: SamplingParams, name: str, low: float, high: float, above: b
 
 
 _FIELDS = {f.name for f in fields(SamplingParams)}
+# What other libraries call it.
+_ELSEWHERE = {
+    "max_new_tokens": "max_tokens",
+    "max_completion_tokens": "max_tokens",
+    "n_predict": "max_tokens",
+    "do_sample": "temperature (0 is greedy)",
+    "num_return_sequences": "n",
+    "repeat_penalty": "repetition_penalty",
+    "stop_sequences": "stop",
+    "stop_strings": "stop",
+}
 
 
 def make_params(params: SamplingParams | None, settings: Mapping[str, Any]) -> SamplingParams:
@@ -137,10 +148,9 @@ def make_params(params: SamplingParams | None, settings: Mapping[str, Any]) -> S
         if name not in _FIELDS:
             import difflib
 
-            close = difflib.get_close_matches(name, _FIELDS, 1)
-            raise TypeError(
-                f"there is no sampling setting {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
-            )
+            close = [_ELSEWHERE[name]] if name in _ELSEWHERE else difflib.get_close_matches(name, _FIELDS, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise TypeError(f"there is no sampling setting {name!r}{hint}")
     if params is None:
         return SamplingParams(**settings)
     if not isinstance(params, SamplingParams):

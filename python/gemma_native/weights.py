@@ -45,13 +45,18 @@ def open_checkpoint(source: str | os.PathLike[str], progress: Progress | None = 
         exists = path.exists()
     except (OSError, RuntimeError, ValueError) as error:  # no such user, a name too long, a NUL in it
         raise FileNotFoundError(f"{text!r:.200}: no such file or directory ({error})") from None
-    if text == "demo" and not exists:
+    if text == "demo":  # a folder of that name is ./demo
         path = demo_file()
     elif not exists:
         if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) and not text.endswith(
             (".gguf", ".safetensors")
         ):
             path = from_hub(text, _complete)
+            if not (path / "config.json").is_file():
+                raise FormatError(
+                    f"{text}: no config.json in this repository; if it holds GGUF files, download one "
+                    f"(hf download {text} FILE.gguf) and give that file's path"
+                )
         else:
             raise FileNotFoundError(f"{text!r:.200}: no such file or directory (a Hub id has the form owner/name)")
     if path.is_dir():
@@ -120,10 +125,11 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
             f"{checkpoint.config.num_layers} layers" + (f", nor are {len(extra) - 1} more" if len(extra) > 1 else "")
         )
     for name, shape in expected.items():
-        if tensors[name][1] != shape:
-            raise FormatError(
-                f"{source}: tensor {name!r:.80} has shape {tensors[name][1]}, the config asks for {shape}"
-            )
+        encoding, found, _ = tensors[name]
+        if found != shape:
+            raise FormatError(f"{source}: tensor {name!r:.80} has shape {found}, the config asks for {shape}")
+        if len(shape) == 1 and encoding not in ("F32", "F16", "BF16"):
+            raise FormatError(f"{source}: tensor {name!r:.80} is {encoding}; a norm's weights are F32, F16 or BF16")
 
 
 # --- Hugging Face directories ---
@@ -170,7 +176,7 @@ def _open_directory(path: Path) -> Checkpoint:
                 raise FormatError(f"{shard}: tensor {name!r:.80} is {dtype}; F32, F16 and BF16 are supported")
             tensors[plain] = (dtype, shape, memoryview(file.map)[begin:end])
             maps[plain] = (file.map, begin)
-    _drop_tied_head(str(path), tensors, maps, "lm_head.weight")
+    _drop_tied_head(str(path), tensors, maps)
     return Checkpoint(str(path), config, tensors, _hf_tokenizer(path), _hf_template(path), _hf_pieces(path), _maps=maps)
 
 
@@ -221,8 +227,9 @@ def _complete(path: Path) -> bool:
     return False
 
 
-def _drop_tied_head(source: str, tensors: dict[str, Tensor], maps: dict[str, tuple[mmap.mmap, int]], head: str) -> None:
+def _drop_tied_head(source: str, tensors: dict[str, Tensor], maps: dict[str, tuple[mmap.mmap, int]]) -> None:
     """An explicit output matrix must be the embedding, which is then used for both."""
+    head = "lm_head.weight"
     if head not in tensors or EMBEDDING not in tensors:
         return
     a, b = tensors.pop(head), tensors[EMBEDDING]
@@ -330,7 +337,7 @@ def _open_gguf(path: Path) -> Checkpoint:
             raise FormatError(f"{path}: tensor {t.name!r:.80} is there a second time, under another name")
         tensors[name] = (t.dtype, t.shape, file.tensor(t.name))
         maps[name] = (file.map, t.offset)
-    _drop_tied_head(str(path), tensors, maps, "lm_head.weight")
+    _drop_tied_head(str(path), tensors, maps)
     template = file.metadata.get("tokenizer.chat_template")
 
     def build() -> Tokenizer:
