@@ -213,17 +213,7 @@ def config_from_hf(data: Mapping[str, Any], source: str, generation: Mapping[str
     elif architecture == "gemma3":
         read = _Reader({**_GEMMA3_DEFAULTS, **values}, source)
         values = read.values
-    if values.get("use_bidirectional_attention"):
-        raise FormatError(f"{source}: use_bidirectional_attention is set; only causal text models are supported")
-    if values.get("attention_bias"):
-        raise FormatError(f"{source}: attention_bias is set; Gemma has no biases and the engine has none")
-    if data.get("quantization_config") or values.get("quantization_config"):
-        raise FormatError(
-            f"{source}: quantization_config is set; quantised weights are read from GGUF files, here only F32, F16 and BF16"
-        )
-    activation = values.get("hidden_activation") or values.get("hidden_act") or "gelu_pytorch_tanh"
-    if activation not in ("gelu", "gelu_pytorch_tanh", "gelu_tanh", "gelu_new"):
-        raise FormatError(f"{source}: hidden_activation is {activation!r:.60}; Gemma's is the tanh GELU")
+    _refuse_what_gemma_has_not(data, values, source)
 
     layers = read.integer("num_hidden_layers")
     heads = read.integer("num_attention_heads")
@@ -269,6 +259,20 @@ def config_from_hf(data: Mapping[str, Any], source: str, generation: Mapping[str
         ),
         source,
     )
+
+
+def _refuse_what_gemma_has_not(data: Mapping[str, Any], values: Mapping[str, Any], source: str) -> None:
+    if values.get("use_bidirectional_attention"):
+        raise FormatError(f"{source}: use_bidirectional_attention is set; only causal text models are supported")
+    if values.get("attention_bias"):
+        raise FormatError(f"{source}: attention_bias is set; Gemma has no biases and the engine has none")
+    if data.get("quantization_config") or values.get("quantization_config"):
+        raise FormatError(
+            f"{source}: quantization_config is set; quantised weights are read from GGUF files, here only F32, F16 and BF16"
+        )
+    activation = values.get("hidden_activation") or values.get("hidden_act") or "gelu_pytorch_tanh"
+    if activation not in ("gelu", "gelu_pytorch_tanh", "gelu_tanh", "gelu_new"):
+        raise FormatError(f"{source}: hidden_activation is {activation!r:.60}; Gemma's is the tanh GELU")
 
 
 def _hf_softcap(read: _Reader, name: str, default: float) -> float:
@@ -354,32 +358,8 @@ def config_from_gguf(metadata: Mapping[str, Any], vocab_size: int, source: str) 
     head_dim = read.integer("attention.key_length", hidden // heads if heads > 0 else 0)
     if read.integer("attention.value_length", head_dim) != head_dim:
         raise FormatError(f"{source}: {prefix}attention.value_length differs from key_length")
-    sliding: tuple[bool, ...] = ()
-    window = 0
-    if architecture != "gemma" and 0 < layers <= 1024:
-        window = read.integer("attention.sliding_window", 4096 if architecture == "gemma2" else 0)
-        pattern = values.get("attention.sliding_window_pattern")
-        if isinstance(pattern, np.ndarray):
-            pattern = pattern.tolist()
-        if isinstance(pattern, (list, tuple)):
-            if len(pattern) != layers or not all(p in (0, 1) for p in pattern):
-                raise FormatError(f"{source}: {prefix}attention.sliding_window_pattern needs {layers} booleans")
-            sliding = tuple(bool(p) for p in pattern)
-        else:
-            n = read.integer("attention.sliding_window_pattern", 6 if architecture == "gemma3" else 2)
-            if n < 1:
-                raise FormatError(f"{source}: {prefix}attention.sliding_window_pattern is {n}; it must be positive")
-            sliding = tuple((i + 1) % n != 0 for i in range(layers))
-        if window == 0:
-            sliding = ()
+    window, sliding = _gguf_sliding(read, architecture, layers)
     base = read.number("rope.freq_base", 1_000_000.0 if architecture == "gemma3" else 10000.0)
-    # llama.cpp takes a factor without a type for a linear one, and knows an older name of it.
-    scaling = read.text("rope.scaling.type", "linear")
-    scale = 1.0
-    if scaling == "linear":
-        scale = read.number("rope.scaling.factor", read.number("rope.scale_linear", 1.0))
-    elif scaling != "none":
-        raise FormatError(f"{source}: {prefix}rope.scaling.type is {scaling!r:.60}; none and linear are supported")
     eos: list[int] = []
     for name in ("eos_token_id", "eot_token_id"):
         _add_ids(eos, metadata.get(f"tokenizer.ggml.{name}"), source)
@@ -404,7 +384,7 @@ def config_from_gguf(metadata: Mapping[str, Any], vocab_size: int, source: str) 
             sliding_layers=sliding,
             rope_base=base,
             rope_base_local=read.number("rope.freq_base_swa", 10000.0) if architecture == "gemma3" else base,
-            rope_scale=scale,
+            rope_scale=_gguf_rope_scale(read),
             qk_norm=architecture == "gemma3",
             post_norms=architecture != "gemma",
             bos_token_id=_Reader(metadata, source).integer("tokenizer.ggml.bos_token_id", 2),
@@ -412,3 +392,34 @@ def config_from_gguf(metadata: Mapping[str, Any], vocab_size: int, source: str) 
         ),
         source,
     )
+
+
+def _gguf_sliding(read: _Reader, architecture: str, layers: int) -> tuple[int, tuple[bool, ...]]:
+    """The window, and which layers have it."""
+    name = "attention.sliding_window_pattern"
+    if architecture == "gemma" or not 0 < layers <= 1024:
+        return 0, ()
+    window = read.integer("attention.sliding_window", 4096 if architecture == "gemma2" else 0)
+    pattern = read.values.get(name)
+    if isinstance(pattern, np.ndarray):
+        pattern = pattern.tolist()
+    if isinstance(pattern, (list, tuple)):
+        if len(pattern) != layers or not all(p in (0, 1) for p in pattern):
+            raise read._fail(name, f"needs {layers} booleans")
+        sliding = tuple(bool(p) for p in pattern)
+    else:
+        n = read.integer(name, 6 if architecture == "gemma3" else 2)
+        if n < 1:
+            raise read._fail(name, f"is {n}; it must be positive")
+        sliding = tuple((i + 1) % n != 0 for i in range(layers))
+    return window, sliding if window else ()
+
+
+def _gguf_rope_scale(read: _Reader) -> float:
+    # llama.cpp takes a factor without a type for a linear one, and knows an older name of it.
+    scaling = read.text("rope.scaling.type", "linear")
+    if scaling == "linear":
+        return read.number("rope.scaling.factor", read.number("rope.scale_linear", 1.0))
+    if scaling != "none":
+        raise read._fail("rope.scaling.type", f"is {scaling!r:.60}; none and linear are supported")
+    return 1.0

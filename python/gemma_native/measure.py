@@ -251,13 +251,9 @@ def bench(
     peaks: list[dict[str, float]] = []
     for index in range(rounds):
         progress(f"round {index + 1} of {rounds}")
-        ceilings = model.ceilings()
-        if ceilings is None:
-            bandwidths.append(_native.measure_read_bandwidth(model.threads))
-            peaks.append(_native.measure_peak(model.threads))
-        else:
-            bandwidths.append(ceilings["read_bandwidth"])
-            peaks.append({"bf16": ceilings["bf16"]})
+        bandwidth, peak_of = _ceilings(model)
+        bandwidths.append(bandwidth)
+        peaks.append(peak_of)
         for n in prompts:
             prefill_cache.truncate(0)
             ids = text(n)
@@ -266,22 +262,14 @@ def bench(
             times.setdefault(("prefill", n, 1), []).append(time.perf_counter() - started)
         for context, caches in zip(contexts, decode_caches, strict=True):
             for batch in batches:
-                group = caches[:batch]
-                steps = [[5 + i] for i in range(batch)]
                 started = time.perf_counter()
-                for _ in range(tokens):
-                    if batch == 1:
-                        ids_1, _ = model.forward(steps[0], group[0], top_k=1)
-                        steps = [[int(ids_1[0])]]
-                    else:
-                        ids_n, _ = model.forward_batch(steps, group, top_k=1)
-                        steps = [[int(row[0])] for row in ids_n]
+                _decode(model, caches[:batch], tokens)
                 times.setdefault(("decode", context, batch), []).append(time.perf_counter() - started)
-                for cache in group:
+                for cache in caches[:batch]:
                     cache.truncate(context)
 
-    bandwidth = statistics.median(bandwidths) if bandwidths else None
-    peak_of = {name: statistics.median([p[name] for p in peaks]) for name in peaks[0]} if peaks else {}
+    bandwidth = statistics.median(bandwidths)
+    peak_of = {name: statistics.median([p[name] for p in peaks]) for name in peaks[0]}
     # Tensor cores multiply bf16; a CPU without bf16 instructions probes what stands in for them.
     kind = "int8" if model.device == "cpu" and quantised else "bf16"
     peak = peak_of.get(kind)
@@ -303,7 +291,7 @@ def bench(
         else:
             moved = model.nbytes + batch * kv_bytes(config, n + tokens // 2, model.kv, rings=False)
             rate = moved * entry["tokens_per_s"] / batch
-            entry |= {"bytes_per_s": rate, "of_bandwidth": rate / bandwidth if bandwidth else None}
+            entry |= {"bytes_per_s": rate, "of_bandwidth": rate / bandwidth}
         results.append(entry)
     return {
         "device": model.device,
@@ -318,6 +306,26 @@ def bench(
         "peak_used": kind if peak else None,
         "results": results,
     }
+
+
+def _ceilings(model: _native.Model) -> tuple[float, dict[str, float]]:
+    """Bytes/s of a read, and operations/s by what is multiplied, of the model's device."""
+    ceilings = model.ceilings()
+    if ceilings is None:
+        return _native.measure_read_bandwidth(model.threads), _native.measure_peak(model.threads)
+    return ceilings["read_bandwidth"], {"bf16": ceilings["bf16"]}
+
+
+def _decode(model: _native.Model, caches: list[_native.Cache], tokens: int) -> None:
+    """As many greedy steps of each sequence."""
+    steps = [[5 + i] for i in range(len(caches))]
+    for _ in range(tokens):
+        if len(caches) == 1:
+            ids, _ = model.forward(steps[0], caches[0], top_k=1)
+            steps = [[int(ids[0])]]
+        else:
+            ids, _ = model.forward_batch(steps, caches, top_k=1)
+            steps = [[int(row[0])] for row in ids]
 
 
 def bench_text(facts: dict[str, Any]) -> str:
