@@ -224,6 +224,14 @@ HF_NAMES = {
 }
 
 
+def hf_name(name: str) -> str:
+    """Hugging Face's name of one of `tensors`."""
+    if name.startswith("blk."):
+        _, layer, part, _ = name.split(".")
+        return f"model.layers.{layer}.{HF_NAMES[part]}.weight"
+    return {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}[name]
+
+
 def make_hf(path: Path, shape: Shape, seed: int = 0) -> None:
     """Writes config.json and a bfloat16 model.safetensors (no tokenizer) into a directory."""
     rng = np.random.default_rng(seed)
@@ -254,11 +262,7 @@ def make_hf(path: Path, shape: Shape, seed: int = 0) -> None:
     pool = random_blocks("BF16", rng)
     at = 0
     for name, dims in tensors(shape):
-        if name.startswith("blk."):
-            _, layer, part, _ = name.split(".")
-            name = f"model.layers.{layer}.{HF_NAMES[part]}.weight"
-        else:
-            name = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}[name]
+        name = hf_name(name)
         nbytes = 2 * int(np.prod(dims))
         header[name] = {"dtype": "BF16", "shape": list(dims), "data_offsets": [at, at + nbytes]}
         at += nbytes

@@ -27,6 +27,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import checkpoints
+
 HERE = Path(__file__).resolve().parent
 NAMES = {
     "native": "gemma_native",
@@ -110,72 +112,74 @@ def measure(engine: Engine, what: str, n: int, args: argparse.Namespace, salt: i
     return args.tokens / (float(engine.call("generate", n, args.tokens + 1, salt + 500)) - first)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    context = max(args.prefill + [n + args.tokens + 8 for n in args.decode + args.generate])
-    sources = sources_of(args)
-    engines: list[Engine] = []
-    ceilings: Engine | None = None
-    missing: list[str] = []
-    values: dict[tuple[str, int, str], list[float]] = {}
+def start_engines(
+    args: argparse.Namespace, sources: dict[str, str], context: int, engines: list[Engine], missing: list[str]
+) -> None:
+    """Those that are wanted and installed, one after another into `engines`; why others are not, into `missing`."""
+    for kind in args.engines:
+        python = sys.executable if kind == "native" else args.peer_python
+        if sources.get(kind) is None:
+            missing.append(f"{NAMES[kind]} (no {'file: --model' if kind == 'llama' else 'directory: --hf'})")
+            continue
+        if (
+            kind in MODULES
+            and subprocess.run([python, "-c", f"import {MODULES[kind]}"], capture_output=True).returncode
+        ):
+            missing.append(f"{NAMES[kind]} (not installed in {python})")
+            continue
+        note(f"loading {NAMES[kind]}")
+        try:
+            engines.append(Engine(kind, python, sources[kind], args, context))
+        except RuntimeError as error:
+            if kind == "native":
+                raise
+            missing.append(" ".join(str(error).split()))
+
+
+Values = dict[tuple[str, int, str], list[float]]  # what `measure` gave of a cell and an engine
+
+
+def time_rounds(
+    args: argparse.Namespace, engines: list[Engine], ceilings: Engine, missing: list[str]
+) -> tuple[Values, list[dict[str, Any]]]:
+    """The values, and what the ceilings' probes gave before each cell."""
+    values: Values = {}
     probes: list[dict[str, Any]] = []
-    try:
-        for kind in args.engines:
-            python = sys.executable if kind == "native" else args.peer_python
-            if sources.get(kind) is None:
-                missing.append(f"{NAMES[kind]} (no {'file: --model' if kind == 'llama' else 'directory: --hf'})")
-                continue
-            if (
-                kind in MODULES
-                and subprocess.run([python, "-c", f"import {MODULES[kind]}"], capture_output=True).returncode
-            ):
-                missing.append(f"{NAMES[kind]} (not installed in {python})")
-                continue
-            note(f"loading {NAMES[kind]}")
-            try:
-                engines.append(Engine(kind, python, sources[kind], args, context))
-            except RuntimeError as error:
-                if kind == "native":
-                    raise
-                missing.append(" ".join(str(error).split()))
-        native, ceilings = engines[0], Engine("ceilings", sys.executable, "", args, context)
-        work = native.call("work", args.prefill, args.decode)
 
-        def attempt(engine: Engine, what: str, n: int, salt: int) -> float | None:
-            try:
-                return measure(engine, what, n, args, salt)
-            except RuntimeError as error:  # a peer that cannot do this cell may do others
-                if engine.kind == "native" or engine.process.poll() is not None:
-                    raise
-                missing.append(f"{what} {n}: {error}")
-                return None
+    def attempt(engine: Engine, what: str, n: int, salt: int) -> float | None:
+        try:
+            return measure(engine, what, n, args, salt)
+        except RuntimeError as error:  # a peer that cannot do this cell may do others
+            if engine.kind == "native" or engine.process.poll() is not None:
+                raise
+            missing.append(f"{what} {n}: {error}")
+            return None
 
-        for engine in engines:  # one untimed turn of every kind, at its smallest
-            for what, n in dict(sorted(cells(args), reverse=True)).items():
-                attempt(engine, what, n, 999)
-        for index in range(args.rounds):
-            for cell, (what, n) in enumerate(cells(args)):
-                probes.append(ceilings.call("probe"))
-                # The order turns with the rounds, so that no engine always runs on a machine the others have heated.
-                turn = index % len(engines)
-                for engine in engines[turn:] + engines[:turn]:
-                    note(f"round {index + 1} of {args.rounds}: {what} {n}, {NAMES[engine.kind]}")
-                    rate = attempt(engine, what, n, 16 * index + cell + 1)
-                    if rate is not None:
-                        values.setdefault((what, n, engine.kind), []).append(rate)
-        note("")
-        about = {e.kind: {**e.about, "peak_memory": e.call("peak_memory")} for e in engines}
-    finally:
-        note("")
-        for engine in [*engines, *([ceilings] if ceilings else [])]:
-            engine.close()
+    for engine in engines:  # one untimed turn of every kind, at its smallest
+        for what, n in dict(sorted(cells(args), reverse=True)).items():
+            attempt(engine, what, n, 999)
+    for index in range(args.rounds):
+        for cell, (what, n) in enumerate(cells(args)):
+            probes.append(ceilings.call("probe"))
+            # The order turns with the rounds, so that no engine always runs on a machine the others have heated.
+            turn = index % len(engines)
+            for engine in engines[turn:] + engines[:turn]:
+                note(f"round {index + 1} of {args.rounds}: {what} {n}, {NAMES[engine.kind]}")
+                rate = attempt(engine, what, n, 16 * index + cell + 1)
+                if rate is not None:
+                    values.setdefault((what, n, engine.kind), []).append(rate)
+    return values, probes
 
-    bandwidth = statistics.median(p["read_bandwidth"] for p in probes)
-    peaks = {name: statistics.median(p["peak"][name] for p in probes) for name in probes[0]["peak"]}
+
+def rows_of(
+    args: argparse.Namespace, values: Values, work: dict[str, Any], bandwidth: float, peaks: dict[str, float]
+) -> list[dict[str, Any]]:
+    """Medians, shares of the ceilings and ratios, a row for each cell."""
     rows = []
     for what, n in cells(args):
         row: dict[str, Any] = {"cell": what, "tokens": n, "engines": {}}
-        for engine in engines:
-            got = sorted(values.get((what, n, engine.kind), []))
+        for kind in args.engines:
+            got = sorted(values.get((what, n, kind), []))
             if not got:
                 continue
             entry = {"median": statistics.median(got), "slowest": got[0], "fastest": got[-1]}
@@ -185,13 +189,35 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             elif what == "decode":
                 entry["bytes_per_s"] = entry["median"] * work["bytes"][str(n)]
                 entry["of_bandwidth"] = entry["bytes_per_s"] / bandwidth
-            row["engines"][engine.kind] = entry
+            row["engines"][kind] = entry
         ours = row["engines"].get("native")
         for kind, entry in row["engines"].items():
             if kind != "native" and ours:
                 ratio = ours["median"] / entry["median"]
                 entry["native_is"] = 1 / ratio if what == "first" else ratio  # times as fast
         rows.append(row)
+    return rows
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    context = max(args.prefill + [n + args.tokens + 8 for n in args.decode + args.generate])
+    sources = sources_of(args)
+    engines: list[Engine] = []
+    missing: list[str] = []
+    try:
+        start_engines(args, sources, context, engines, missing)
+        native, ceilings = engines[0], Engine("ceilings", sys.executable, "", args, context)
+        engines.append(ceilings)
+        work = native.call("work", args.prefill, args.decode)
+        values, probes = time_rounds(args, engines[:-1], ceilings, missing)
+        note("")
+        about = {e.kind: {**e.about, "peak_memory": e.call("peak_memory")} for e in engines[:-1]}
+    finally:
+        note("")
+        for engine in engines:
+            engine.close()
+    bandwidth = statistics.median(p["read_bandwidth"] for p in probes)
+    peaks = {name: statistics.median(p["peak"][name] for p in probes) for name in probes[0]["peak"]}
     return {
         "source": sources["native"],
         "threads": args.threads,
@@ -206,7 +232,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "peak": peaks,
         "engines": about,
         "left_out": list(dict.fromkeys(missing)),
-        "rows": rows,
+        "rows": rows_of(args, values, work, bandwidth, peaks),
     }
 
 
@@ -214,11 +240,8 @@ def sources_of(args: argparse.Namespace) -> dict[str, str]:
     """Engine -> what it loads."""
     sources: dict[str, str] = {}
     if args.shape:
-        sys.path.insert(0, str(HERE))
-        from checkpoints import make
-
         path = args.dir / (f"{args.shape}-{args.type}" + ("" if args.type == "hf" else ".gguf"))
-        make(path, args.shape, args.type)
+        checkpoints.make(path, args.shape, args.type)
         sources["native"] = str(path)
         if args.type == "hf":
             args.hf = args.hf or path
@@ -296,8 +319,8 @@ def integers(text: str) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help='what gemma_native loads: a .gguf file, a directory, "demo"')
-    parser.add_argument("--shape", choices=["tiny", "2b", "7b"], help="or a random checkpoint of this shape")
-    parser.add_argument("--type", choices=["BF16", "Q8_0", "Q4_0", "Q4_K_M", "hf"], default="Q4_0", help="its encoding")
+    parser.add_argument("--shape", choices=checkpoints.SHAPES, help="or a random checkpoint of this shape")
+    parser.add_argument("--type", choices=checkpoints.TYPES, default="Q4_0", help="its encoding")
     parser.add_argument("--dir", type=Path, default=HERE / "checkpoints", help="where random checkpoints are kept")
     parser.add_argument("--gguf", type=Path, help="what llama-cpp-python loads, if not the same file")
     parser.add_argument("--hf", type=Path, help="the same model as a directory, for the other peers")

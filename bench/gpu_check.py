@@ -61,11 +61,7 @@ def model(shape: checkpoints.Shape, mix: str, device: str, **options: Any) -> An
     tensors: dict[str, tuple[str, tuple[int, ...], memoryview]] = {}
     for name, dims in checkpoints.tensors(shape):
         kind = checkpoints.encoding(name, mix, shape.layers)
-        if name.startswith("blk."):
-            _, layer, part, _ = name.split(".")
-            name = f"model.layers.{layer}.{checkpoints.HF_NAMES[part]}.weight"
-        else:
-            name = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}[name]
+        name = checkpoints.hf_name(name)
         if kind == "F32":
             data: np.ndarray[Any, Any] = np.ones(dims, np.float32)
         else:
