@@ -174,6 +174,19 @@ def test_cancelled_in_prefill() -> None:
     assert chat.send("c", **GREEDY).text == "the"
 
 
+def test_an_answer_that_fails_is_not_in_the_history() -> None:
+    chat, model, _ = conversation("hello", "the")
+    chat.send("a", **GREEDY)
+    steps = len(model.steps)
+    with pytest.raises(ValueError, match="logit_bias"):
+        chat.send("b", logit_bias={10**6: 1.0})
+    assert len(model.steps) == steps
+    with pytest.raises(ValueError, match="logit_bias"):
+        chat.send("b", logit_bias=dict.fromkeys(range(fake_native.VOCAB), -np.inf))
+    assert [text for _, text in chat.messages] == ["a", "hello"]
+    assert chat.send("c", **GREEDY).text == "the"
+
+
 def test_a_full_context() -> None:
     chat, model, _ = conversation("hello", "a b c d e", context=60)
     chat.send("a", **GREEDY)

@@ -151,6 +151,26 @@ def test_generate_options(model: Path) -> None:
     refused(run("generate", "--model", model, stdin=b"caf\xff"), "UTF-8")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="a POSIX shell")
+def test_closed_standard_streams(model: Path) -> None:
+    def shell(text: str) -> subprocess.CompletedProcess[bytes]:
+        line = " ".join([*COMMAND, text.format(model=model)])
+        return subprocess.run(["sh", "-c", line], capture_output=True, timeout=60)
+
+    for text in ("generate --model {model} --max-tokens 3 hi >&-", "info {model} >&-"):
+        result = shell(text)
+        assert (result.returncode, result.stdout, result.stderr) == (0, b"", b""), text
+    refused(shell("generate --model {model} <&-"), "no prompt")
+    assert shell("chat --model {model} <&-").returncode == 0
+    result = shell("generate --model {model} --max-tokens 3 --stats hi 2>&-")
+    assert result.returncode == 0 and b"tokens/s" not in result.stdout
+
+
+def test_chat_takes_utf8_alone(model: Path) -> None:
+    for locale in ("C", "C.UTF-8"):
+        refused(run("chat", "--model", model, stdin=b"caf\xe9\n", LC_ALL=locale), "UTF-8")
+
+
 def test_closed_pipe_is_quiet(model: Path) -> None:
     command = [*COMMAND, "generate", "--model", str(model), "--max-tokens", "4000", "--ignore-eos", "a"]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

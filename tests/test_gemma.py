@@ -163,6 +163,13 @@ def test_stop_strings(stop: Any, text: str, reason: str) -> None:
     assert "".join(gemma.stream("", temperature=0, stop=stop)) == text
 
 
+def test_a_stop_string_that_the_end_completes() -> None:
+    first = WORDS.id("<0xE3>")  # of a character that never comes
+    assert first is not None
+    out = saying([first, *ids("a")]).generate("", temperature=0, max_tokens=1, stop="\ufffd")
+    assert (out.text, out.finish_reason) == ("", "stop")
+
+
 def test_a_stop_string_saves_the_rest_of_the_work() -> None:
     model = Model(script(1, ids("hello the world!")))
     fake_native.gemma(model).generate("", temperature=0, stop="the")

@@ -264,6 +264,31 @@ def test_changed_logits_beside_the_best(settings: dict[str, Any], mode: dict[str
         Sampler(SamplingParams(logit_bias={64: 1.0}), []).changed(64)
 
 
+@pytest.mark.parametrize(
+    ("settings", "second"),
+    [
+        ({"logit_bias": {40: 1e39}}, 40),
+        ({"logit_bias": {0: 1e39, 40: 1e300}}, 0),
+        ({"logit_bias": {40: -1e39}}, 0),
+        ({"presence_penalty": -1e39}, 40),
+        ({"presence_penalty": 1e39}, 0),
+        ({"frequency_penalty": -1e300}, 40),
+        ({"repetition_penalty": 1e-46}, 40),
+        ({"repetition_penalty": 1e50}, 40),
+    ],
+)
+def test_settings_larger_than_a_logit_can_be(settings: dict[str, Any], second: int) -> None:
+    """They go as far as they can, without a warning, and nobody takes the model's weights for broken."""
+    row = np.zeros(64, np.float32)
+    row[40] = 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tokens(4, row, temperature=0, **settings)[1] == second
+    row[3] = np.inf
+    with pytest.raises(ValueError, match="broken"):
+        tokens(1, row, [3], temperature=0, **settings)
+
+
 # --- wrong values ---
 
 RANGES: dict[str, tuple[list[Any], list[Any], list[Any]]] = {  # good, out of range, of the wrong type
@@ -273,9 +298,9 @@ RANGES: dict[str, tuple[list[Any], list[Any], list[Any]]] = {  # good, out of ra
     "top_p": ([1, 0.01], [0, -0.1, 1.01, float("nan")], ["1", None, True]),
     "min_p": ([0, 1, 0.5], [-0.1, 1.01, float("nan")], ["1", None, True]),
     "repetition_penalty": ([0.5, 2], [0, -1, float("inf"), float("nan")], ["1", None, True]),
-    "presence_penalty": ([-2, 0, 2], [float("inf"), float("nan")], ["1", None, True]),
+    "presence_penalty": ([-2, 0, 2], [float("inf"), float("nan"), 10**400], ["1", None, True]),
     "frequency_penalty": ([-2, 0, 2], [float("inf"), float("nan")], ["1", None, True]),
-    "logit_bias": ([{}, {1: 2.0}, {np.int64(1): -np.inf}], [{-1: 1.0}, {1: float("nan")}, {1: np.inf}], [[1], "x"]),
+    "logit_bias": ([{}, {1: 2.0}, {np.int64(1): -np.inf}], [{-1: 1.0}, {1: float("nan")}, {1: 10**400}], [[1], "x"]),
     "seed": ([None, 0, 2**64 - 1], [-1], [1.5, "1", True]),
     "stop": (["a", ["a", "b"], (), []], ["", ["a", ""]], [None, 5]),
     "stop_tokens": ([[], [0, 5], (np.int64(3),)], [[-1]], [None, 5]),

@@ -151,6 +151,10 @@ def test_ids_outside_the_vocabulary() -> None:
 def test_odd_arguments() -> None:
     with pytest.raises(TypeError, match="str"):
         SMALL.encode(b"bytes")  # type: ignore[arg-type]
+    for call in (lambda: SMALL.decode([5.5]), lambda: SMALL.piece(5.5)):  # type: ignore[list-item, arg-type]
+        with pytest.raises(TypeError, match="integer"):
+            call()
+    assert SMALL.decode(np.array([5, 6], np.int64)) == SMALL.decode([5, 6])
     assert SMALL.decode(SMALL.encode("a\ud800b")) == "a\ufffdb"
     assert SMALL.decode(SMALL.encode("\ud83e\udd84")) == "🦄"  # a surrogate pair is a character
 

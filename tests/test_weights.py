@@ -53,6 +53,14 @@ def test_shards_and_types_agree(tmp_path: Path) -> None:
         assert ((other - whole) ** 2).sum() / (whole**2).sum() < 1e-2
 
 
+def test_a_gguf_file_by_another_name(tmp_path: Path) -> None:
+    path = tiny.write_gguf(tmp_path / "m.gguf", "gemma", "Q8_0")
+    expected = logits(path).tobytes()
+    for name in ("m.safetensors", "m.bin"):
+        assert logits(path.rename(tmp_path / name)).tobytes() == expected
+        path = tmp_path / name
+
+
 def test_norms_are_not_quantised(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tiny.write_gguf(tmp_path / "m.gguf", "gemma", "Q8_0"))
     name = "model.norm.weight"

@@ -6,15 +6,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ._native import Model
+    from ._native import Cancelled, Model
     from .errors import FormatError, MissingDependency
     from .gemma import Gemma
     from .sampling import SamplingParams
 
-__all__ = ["FormatError", "Gemma", "MissingDependency", "Model", "SamplingParams"]
+__all__ = ["Cancelled", "FormatError", "Gemma", "MissingDependency", "Model", "SamplingParams"]
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Cancelled": "._native",
     "FormatError": ".errors",
     "Gemma": ".gemma",
     "MissingDependency": ".errors",

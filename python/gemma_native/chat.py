@@ -63,6 +63,7 @@ class Chat:
         gemma = self._gemma
         prompt = gemma._ids(self._asked(text))
         cache = self._prefix.rewind(prompt) if self._prefix else gemma._new_cache(gemma._context)
+        gemma._check(chosen)
         ends = gemma._ends(chosen) | {self._end}
         sequence = Running(prompt, chosen, 0, cache, gemma.tokenizer, ends)
         self._open = ChatStream(self, text, sequence)
@@ -92,11 +93,11 @@ class Chat:
     def _answered(self, asked: list[int], answer: list[int]) -> list[int]:
         return [*asked, *answer, self._end, *self._encode("\n")]
 
-    def _close_turn(self, text: str, sequence: Running) -> None:
-        """The answer is over: it becomes history, unless not even its prompt was read."""
+    def _close_turn(self, text: str, sequence: Running, failed: bool) -> None:
+        """The answer is over: it becomes history, unless it failed or not even its prompt was read."""
         self._open = None
         self._prefix = sequence.prefix()
-        if sequence.cache is None or sequence.cache.length < len(sequence.prompt):
+        if failed or sequence.cache is None or sequence.cache.length < len(sequence.prompt):
             return
         answer = sequence.text.text if sequence.text is not None else ""
         said = self._encode(answer) if sequence.cut else sequence.tokens  # without what a stop string took away
@@ -129,4 +130,4 @@ class ChatStream(Stream):
     def _finish(self) -> None:
         super()._finish()
         if self._chat._open is self:
-            self._chat._close_turn(self._said, self._sequence)
+            self._chat._close_turn(self._said, self._sequence, self._failed)

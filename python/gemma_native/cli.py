@@ -43,6 +43,9 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code: 0, 2 (an error, told in one line) or 130 (Ctrl-C)."""
     warnings.showwarning = _show_warning
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, mode))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
@@ -337,9 +340,10 @@ def _chat(args: argparse.Namespace) -> None:
             try:
                 try:
                     line = input("> " if interactive else "").strip()
+                    line.encode()  # some locales let bytes that are not UTF-8 pass as surrogates
                 except EOFError:
                     break
-                except UnicodeDecodeError:
+                except UnicodeError:
                     raise UsageError("standard input is not valid UTF-8") from None
                 if not line:
                     continue

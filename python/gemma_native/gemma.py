@@ -183,7 +183,7 @@ class Gemma:
     # --- running calls ---
 
     def cancel(self) -> None:
-        """Stops every running call, from any thread: they end with finish_reason "cancelled"."""
+        """Stops every running call, from any thread: they end with finish_reason "cancelled", `score` with Cancelled."""
         for flag in list(self._running):
             flag.set()
 
@@ -381,15 +381,19 @@ class Gemma:
                     ends.add(turn)
         return frozenset(ends)
 
-    def _sequences(self, prompts: list[list[int]], params: SamplingParams) -> list[Running]:
+    def _check(self, params: SamplingParams) -> None:
+        """What the settings alone do not tell. Raises ValueError, or RuntimeError after `close()`."""
         if params.stop and not self.has_tokenizer:
             raise ValueError("stop strings need a tokenizer, which this checkpoint does not have; use stop_tokens")
         for token in params.logit_bias:
             if token >= self.config.vocab_size:
                 raise ValueError(f"logit_bias: token id {token} is outside the vocabulary of {self.config.vocab_size}")
+        self.model  # noqa: B018
+
+    def _sequences(self, prompts: list[list[int]], params: SamplingParams) -> list[Running]:
+        self._check(params)
         tokenizer = self.tokenizer if self.has_tokenizer else None
         ends = self._ends(params)
-        self.model  # noqa: B018  (says now if this Gemma is closed)
         out = []
         for ids in prompts:
             group = [Running(ids, params, i, None, tokenizer, ends) for i in range(params.n)]
@@ -470,7 +474,8 @@ class Gemma:
     def score(self, text: str | Sequence[int]) -> Score:
         """How probable the model finds a text: log-probabilities of each token after the first, and the perplexity.
 
-        text: scored after BOS; or token ids, used as given. Raises ValueError for fewer than two tokens or too many.
+        text: scored after BOS; or token ids, used as given. Raises ValueError for fewer than two tokens or too many, and
+        Cancelled when `cancel()` or `close()` stops it.
         """
         ids = self._ids(text)
         if len(ids) < 2:
@@ -508,6 +513,8 @@ def _check_settings(settings: dict[str, Any], context: int | None) -> None:
     for name, value in (("threads", settings["threads"]), ("context", context)):
         if value is not None and not is_integer(value):
             raise TypeError(f"{name} must be an integer or None, not {value!r:.60}")
+        if value is not None and abs(value) >> 31:
+            raise ValueError(f"{name} is {value!r:.60}, out of range")
     if not isinstance(settings["deterministic"], bool):
         raise TypeError(f"deterministic must be True or False, not {settings['deterministic']!r:.60}")
 

@@ -55,13 +55,10 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             if not is_integer(token) or token < 0:
                 raise ValueError(f"logit_bias: {token!r} is not a token id")
-            if (
-                not isinstance(bias, (int, float, np.number))
-                or isinstance(bias, bool)
-                or math.isnan(bias)
-                or bias == math.inf
-            ):
-                raise ValueError(f"logit_bias[{token}] is {bias!r}; a number is expected (-inf bans the token)")
+            number = _float(bias)
+            if number is None or math.isnan(number) or number == math.inf:
+                raise ValueError(f"logit_bias[{token}] is {bias!r:.80}; a number is expected (-inf bans the token)")
+        object.__setattr__(self, "logit_bias", {int(t): float(b) for t, b in self.logit_bias.items()})
         if self.seed is not None:
             _integer(self, "seed", 0)
         for name in ("stop", "stop_tokens"):
@@ -119,13 +116,24 @@ def _integer(params: SamplingParams, name: str, low: int) -> None:
         raise ValueError(f"{name} must be at least {low}, not {value}")
 
 
+def _float(value: Any) -> float | None:
+    """None if it is no number."""
+    if not isinstance(value, (int, float, np.number)) or isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
 def _number(params: SamplingParams, name: str, low: float, high: float, above: bool = False) -> None:
     value = getattr(params, name)
-    if not isinstance(value, (int, float, np.number)) or isinstance(value, bool):
+    number = _float(value)
+    if number is None:
         raise TypeError(f"{name} must be a number, not {value!r:.80}")
-    if not (low < value if above else low <= value) or not value <= high or not math.isfinite(value):
+    if not (low < number if above else low <= number) or not number <= high or not math.isfinite(number):
         bounds = f"{'above' if above else 'at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
-        raise ValueError(f"{name} must be {bounds if low > -math.inf else 'finite'}, not {value}")
+        raise ValueError(f"{name} must be {bounds if low > -math.inf else 'finite'}, not {value!r:.80}")
 
 
 _FIELDS = {f.name for f in fields(SamplingParams)}
@@ -156,6 +164,14 @@ def make_params(params: SamplingParams | None, settings: Mapping[str, Any]) -> S
     if not isinstance(params, SamplingParams):
         raise TypeError(f"params must be SamplingParams, not {type(params).__name__}; settings are given by keyword")
     return SamplingParams(**{**{f.name: getattr(params, f.name) for f in fields(params)}, **settings})
+
+
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+def _single(value: float) -> float:
+    """What a finite float32 comes nearest, or -inf."""
+    return value if value == -math.inf else min(max(value, -_LARGEST), _LARGEST)
 
 
 @dataclass(frozen=True)
@@ -235,6 +251,10 @@ class Sampler:
 
     def _reshaped(self, logits: NDArray[np.float32], ids: NDArray[np.int32]) -> NDArray[np.float32]:
         """Logits of the tokens `ids` (in order, with all that are `changed`) after bias and penalties."""
+        with np.errstate(over="ignore"):
+            return self._reshape(logits, ids)
+
+    def _reshape(self, logits: NDArray[np.float32], ids: NDArray[np.int32]) -> NDArray[np.float32]:
         p = self.params
         out: NDArray[np.float32] = logits.copy()
 
@@ -243,19 +263,19 @@ class Sampler:
 
         if p.logit_bias:
             tokens = np.fromiter(p.logit_bias.keys(), np.int64)
-            out[places(tokens)] += np.fromiter(p.logit_bias.values(), np.float32)
+            out[places(tokens)] += np.array([_single(b) for b in p.logit_bias.values()], np.float32)
         if p.repetition_penalty != 1:
             tokens = np.concatenate([self._prompt, np.fromiter(self._counts, np.int64, len(self._counts))])
             seen = places(distinct(tokens))
-            values = out[seen]
-            out[seen] = np.where(
-                values > 0, values / np.float32(p.repetition_penalty), values * np.float32(p.repetition_penalty)
-            )
+            values, penalty = out[seen], np.float32(_single(max(p.repetition_penalty, 1e-37)))
+            out[seen] = np.where(values > 0, values / penalty, values * penalty)
         if self._counts and (p.presence_penalty or p.frequency_penalty):
             tokens = places(np.fromiter(self._counts.keys(), np.int64))
             counts = np.fromiter(self._counts.values(), np.float32)
-            out[tokens] -= np.float32(p.presence_penalty) + np.float32(p.frequency_penalty) * counts
-        return out
+            out[tokens] -= np.float32(_single(p.presence_penalty)) + np.float32(_single(p.frequency_penalty)) * counts
+        # What settings make too large is as large as can be; what was not finite before is the model's fault.
+        finite: NDArray[np.float32] = np.where(np.isfinite(logits), np.minimum(out, np.float32(_LARGEST)), out)
+        return finite
 
     def _draw(self, ids: NDArray[np.int64], logits: NDArray[np.float32], ordered: bool = True) -> int:
         """One token of `ids` (best first when `ordered`) after temperature, top_p and min_p."""

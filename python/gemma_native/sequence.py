@@ -57,14 +57,13 @@ class _Text:
         """(new text, whether a stop string was met)."""
         return self._give(self._out.push(token))
 
-    def finish(self) -> str:
-        """The rest, when generation ends for another reason."""
+    def finish(self) -> tuple[str, bool]:
+        """The same of what is left when generation ends for another reason."""
         piece, stopped = self._give(self._out.flush())
-        if stopped:
-            return piece
-        self.text += self._held
-        piece, self._held = piece + self._held, ""
-        return piece
+        if not stopped:
+            self.text += self._held
+            piece, self._held = piece + self._held, ""
+        return piece, stopped
 
     def _give(self, new: str) -> tuple[str, bool]:
         self._held += new
@@ -184,7 +183,12 @@ class Running:
 
     def end(self, reason: str) -> str:
         self.finish_reason = reason
-        return self.text.finish() if self.text is not None else ""
+        if self.text is None:
+            return ""
+        piece, self.cut = self.text.finish()
+        if self.cut and reason != "cancelled":
+            self.finish_reason = "stop"
+        return piece
 
     def prefix(self) -> Prefix | None:
         """What its cache holds."""

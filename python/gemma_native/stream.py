@@ -26,6 +26,7 @@ class Stream(Iterator[str]):
         self._steps = steps  # of this sequence alone; they stop by the flag
         self._flag = flag
         self._end = end  # called with the flag when it is no longer needed
+        self._failed = False
         self._lock = threading.RLock()  # one thread at a time advances or ends it
         self.result: Completion | None = None
 
@@ -46,7 +47,8 @@ class Stream(Iterator[str]):
                         if self._sequence.finish_reason:
                             self._finish()
                         return piece
-        except BaseException:
+        except BaseException as error:
+            self._failed = isinstance(error, Exception)  # Ctrl-C is none
             self._sequence.finish_reason = self._sequence.finish_reason or "cancelled"
             self._finish()
             raise

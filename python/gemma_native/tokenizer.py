@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import operator
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -396,21 +397,21 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids. Control tokens give nothing; bytes that are not UTF-8 give U+FFFD, one each.
-        Raises ValueError for an id outside the vocabulary."""
+        Raises ValueError for an id outside the vocabulary, TypeError for what is no integer."""
         out = Detokenizer(self, start=True)
-        texts = []
-        for token in ids:
-            if not 0 <= token < self.vocab_size:
-                raise ValueError(f"token id {token} is outside the vocabulary of {self.vocab_size} pieces")
-            texts.append(out.push(int(token)))
+        texts = [out.push(self._inside(token)) for token in ids]
         texts.append(out.flush())
         return "".join(texts)
 
     def piece(self, token: int) -> str:
         """How the vocabulary spells a token (spaces as U+2581, bytes as <0x41>). Raises ValueError outside it."""
+        return str(self._sp.id_to_piece(self._inside(token)))
+
+    def _inside(self, token: int) -> int:
+        token = operator.index(token)
         if not 0 <= token < self.vocab_size:
             raise ValueError(f"token id {token} is outside the vocabulary of {self.vocab_size} pieces")
-        return str(self._sp.id_to_piece(int(token)))
+        return token
 
     def id(self, piece: str) -> int | None:
         """The id of a piece as the vocabulary spells it, or None."""

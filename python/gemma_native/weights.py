@@ -63,10 +63,10 @@ def open_checkpoint(source: str | os.PathLike[str], progress: Progress | None = 
         checkpoint = _open_directory(path)
     elif not path.is_file():
         raise FormatError(f"{path}: neither a file nor a directory")
-    elif path.suffix == ".safetensors":
-        checkpoint = open_packed(path)
     elif path.suffix == ".gguf" or _begins_with(path, b"GGUF"):
         checkpoint = _open_gguf(path)
+    elif path.suffix == ".safetensors":
+        checkpoint = open_packed(path)
     else:
         raise FormatError(
             f"{path}: neither a GGUF file nor a packed .safetensors file; a Hugging Face checkpoint is a directory"
