@@ -200,13 +200,19 @@ except KeyboardInterrupt:
         "Sampler(SamplingParams(repetition_penalty=2.0), [2] * 1000).changed(300)",
         "Gemma.load(sys.argv[1], device='cpu', threads=1)",
         "Gemma.load(sys.argv[1], device='cpu', threads=1, weights='int8')",
+        "words.encode('hello world ' * 20)",
+        "Tokenizer.from_sentencepiece(words.proto)",
     ],
 )
-def test_the_process_may_end_while_threads_are_in_the_engine(folder: Path, call: str) -> None:
+def test_the_process_may_end_while_threads_are_in_the_engine(folder: Path, tmp_path: Path, call: str) -> None:
+    vocabulary = tmp_path / "tokenizer.model"
+    vocabulary.write_bytes(fake_native.tokenizer().proto)
     code = f"""
 import ctypes, sys, threading, time
 from gemma_native import Gemma, SamplingParams
 from gemma_native.sampling import Sampler
+from gemma_native.tokenizer import Tokenizer
+words = Tokenizer.from_sentencepiece(open(sys.argv[2], "rb").read())
 gemma = Gemma.load(sys.argv[1], device="cpu", threads=1)
 def work():
     while True:
@@ -219,7 +225,7 @@ if sys.platform == "linux":  # some time for them after the interpreter's end
 time.sleep(0.1)
 print("the end")
 """
-    out = run(code, str(folder))
+    out = run(code, str(folder), str(vocabulary))
     assert (out.returncode, out.stdout.strip()) == (0, "the end"), out.stderr
 
 

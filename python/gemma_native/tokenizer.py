@@ -11,12 +11,14 @@ not numbers, a partial set of byte pieces, no or several unknown pieces, normali
 
 from __future__ import annotations
 
+import atexit
 import codecs
 import json
 import operator
 import os
 import re
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -104,6 +106,61 @@ def _put(field: int, value: int | bytes) -> bytes:
     if isinstance(value, int):
         return _put_varint(field << 3) + _put_varint(value)
     return _put_varint(field << 3 | 2) + _put_varint(len(value)) + value
+
+
+class _Calls:
+    """Calls under way, for which the interpreter's end waits a while.
+
+    SentencePiece works without the GIL. When the interpreter has ended, a Python before 3.14 unwinds the stack of a daemon thread
+    that asks for it again, and C++ answers by ending the process with an error.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """For a forked child, which has none of the threads."""
+        self._changed = threading.Condition()
+        self._inside = 0
+        self._ended = False
+
+    def __enter__(self) -> None:
+        with self._changed:
+            # The thread that ends the interpreter may still call; others wait for the process's end.
+            self._changed.wait_for(lambda: not self._ended or threading.current_thread() is threading.main_thread())
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._inside -= 1
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        with self._changed:
+            self._ended = True
+            self._changed.wait_for(lambda: self._inside <= 0, timeout=2)
+
+
+_calls = _Calls()
+atexit.register(_calls.end)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_calls.forget)
+
+
+class _Guarded:
+    """A SentencePieceProcessor whose methods are such calls."""
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._processor, name)
+
+        def call(*arguments: Any) -> Any:
+            with _calls:
+                return method(*arguments)
+
+        return call
 
 
 def _emit_pieces(pieces: Sequence[bytes], scores: bytes, types: Sequence[int]) -> list[bytes]:
@@ -266,7 +323,7 @@ class Tokenizer:
 
         from sentencepiece import SentencePieceProcessor  # here, since importing it takes longer than the whole package
 
-        self._sp: Any = SentencePieceProcessor()
+        self._sp: Any = _Guarded(SentencePieceProcessor())
         try:
             self._sp.LoadFromSerializedProto(b"".join(parts))
         except (RuntimeError, OSError) as error:
