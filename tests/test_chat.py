@@ -237,6 +237,30 @@ def test_a_conversation_goes_on_from_its_messages() -> None:
     assert again.messages == [] and not again._tokens and len(chat.messages) == 4
 
 
+def test_a_conversation_that_goes_on_elsewhere_is_not_read_again() -> None:
+    """As a server does it that is given all messages each time."""
+    model = Model(Answers("hello world", "the", "c"))
+    gemma = fake_native.gemma(model)
+    said, messages = [], []
+    for text in ("a", "b", "c"):
+        chat = gemma.chat(messages=messages)
+        chat.send(text, **GREEDY)
+        said, messages = chat._tokens, chat.messages
+        del chat
+    assert len(model.caches) == 1
+    assert seen(model)[: len(said) - 2] == said[:-2]  # each token once; what closes the last turn was never read
+    assert messages == [
+        ("user", "a"),
+        ("model", "hello world"),
+        ("user", "b"),
+        ("model", "the"),
+        ("user", "c"),
+        ("model", "c"),
+    ]
+    gemma.drop_cache()
+    assert model.caches[0]() is None
+
+
 @pytest.mark.parametrize(
     ("messages", "error", "message"),
     [

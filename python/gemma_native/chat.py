@@ -43,6 +43,11 @@ class Chat:
         self._prefix: Prefix | None = None
         self._open: ChatStream | None = None
 
+    def __del__(self) -> None:
+        prefix: Prefix | None = getattr(self, "_prefix", None)
+        if prefix is not None:
+            self._gemma._keep(prefix)  # another conversation may go on from there
+
     def send(self, text: str, params: SamplingParams | None = None, **settings: Any) -> Completion:
         """Says `text` and returns the whole answer. Raises ValueError when the conversation no longer fits the context."""
         stream = self.stream(text, params, **settings)
@@ -62,7 +67,7 @@ class Chat:
             self._open.close()
         gemma = self._gemma
         prompt = gemma._ids(self._asked(text))
-        cache = self._prefix.rewind(prompt) if self._prefix else gemma._new_cache(gemma._context)
+        cache = self._prefix.rewind(prompt) if self._prefix else gemma._cache(prompt, gemma._context)
         gemma._check(chosen)
         ends = gemma._ends(chosen) | {self._end}
         sequence = Running(prompt, chosen, 0, cache, gemma.tokenizer, ends)
@@ -97,7 +102,8 @@ class Chat:
         """The answer is over: it becomes history, unless it failed or not even its prompt was read."""
         self._open = None
         self._prefix = sequence.prefix()
-        if failed or sequence.cache is None or sequence.cache.length < len(sequence.prompt):
+        sequence.cache = None  # the prefix has it
+        if failed or self._prefix is None or self._prefix.cache.length < len(sequence.prompt):
             return
         answer = sequence.text.text if sequence.text is not None else ""
         said = self._encode(answer) if sequence.cut else sequence.tokens  # without what a stop string took away

@@ -312,7 +312,7 @@ class Gemma:
             except _native.Cancelled:  # the first pass will say so
                 s.cache = self._new_cache(len(s.prompt))
         else:
-            s.cache = self._cache(s, flag)
+            s.cache = self._cache(s.prompt, min(self._context, len(s.prompt) + s.params.max_tokens), flag)
         return True
 
     def _put_first_who_shares_most(self, waiting: deque[Running]) -> None:
@@ -322,13 +322,12 @@ class Gemma:
             waiting.remove(best)
             waiting.appendleft(best)
 
-    def _cache(self, s: Running, flag: _native.CancelFlag) -> _native.Cache:
-        """That of the last prompt, cut to what both begin with, or an empty one."""
-        needed = min(self._context, len(s.prompt) + s.params.max_tokens)
+    def _cache(self, prompt: list[int], needed: int, flag: _native.CancelFlag | None = None) -> _native.Cache:
+        """That of the last prompt, cut to what both begin with, or an empty one, for `needed` positions at least."""
         try:
             prefix = self._kept.pop()
             if prefix.cache.capacity >= needed:
-                return prefix.rewind(s.prompt, flag)
+                return prefix.rewind(prompt, flag)
             del prefix
         except (IndexError, _native.Cancelled):  # cancelled: the first pass will say so
             pass
@@ -347,10 +346,14 @@ class Gemma:
         for s in own:
             if s.finish_reason and id(s) not in cloned and (prefix := s.prefix()):
                 s.cache = None
-                if self._split_keeps_bits:
-                    self._kept.append(prefix)
-                if self._model is None:  # closed, perhaps this instant
-                    self.drop_cache()
+                self._keep(prefix)
+
+    def _keep(self, prefix: Prefix) -> None:
+        """For the next prompt that begins alike, instead of what was kept so far."""
+        if self._split_keeps_bits:
+            self._kept.append(prefix)
+        if self._model is None:  # closed, perhaps this instant
+            self.drop_cache()
 
     # --- prompts ---
 
