@@ -67,8 +67,8 @@ class Chat:
             self._open.close()
         gemma = self._gemma
         prompt = gemma._ids(self._asked(text))
-        cache = self._prefix.rewind(prompt) if self._prefix else gemma._cache(prompt, gemma._context)
         gemma._check(chosen)
+        cache = self._prefix.rewind(prompt) if self._prefix else gemma._cache(prompt, gemma._context)
         ends = gemma._ends(chosen) | {self._end}
         sequence = Running(prompt, chosen, 0, cache, gemma.tokenizer, ends)
         self._open = ChatStream(self, text, sequence)

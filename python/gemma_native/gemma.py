@@ -117,7 +117,7 @@ class Gemma:
                 checkpoint.tokenizer,
                 checkpoint.chat_template,
                 loaded_with,
-                context or config.context_length,
+                int(context or config.context_length),
             )
             if checkpoint.pieces is not None:
                 gemma._counted = True
