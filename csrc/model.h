@@ -41,8 +41,8 @@ class Cache {
   // Read by other threads while a pass runs.
   std::atomic<int64_t> length_{0};
   std::atomic<size_t> bytes_;
-  int64_t high_ =
-      0;  // one past the furthest position written since the cache was empty: slots hold [high - ring, high)
+  // One past the furthest position written since the cache was empty: slots hold [high - ring, high).
+  int64_t high_ = 0;
 };
 
 struct LoadOptions {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import fake_native
@@ -95,6 +96,7 @@ def test_the_system_text_is_folded_into_the_first_user_turn() -> None:
     assert seen(model).count(WORDS.id("the")) == 1
     chat.reset()
     assert chat.messages == []
+    chat._gemma.drop_cache()  # or it would be read from where it differs
     model.logits = Answers("a")
     chat.send("hello", **GREEDY)
     assert opening in model.read[1:]  # the system text stays, and so does <bos>
@@ -259,6 +261,64 @@ def test_a_conversation_that_goes_on_elsewhere_is_not_read_again() -> None:
     ]
     gemma.drop_cache()
     assert model.caches[0]() is None
+
+
+def test_a_conversation_dropped_while_it_answers_leaves_nothing_wrong() -> None:
+    model = Model(Answers("hello world", "the"))
+    gemma = fake_native.gemma(model)
+    chat = gemma.chat()
+    with pytest.raises(ValueError, match="bans"):  # so that the cache holds a turn that is not in the history
+        chat.send("a b a b a b", logit_bias=dict.fromkeys(range(fake_native.VOCAB), -np.inf))
+    next(chat.stream("c c c c c c", **GREEDY))
+    del chat
+    gc.collect()
+    model.read.clear()
+    assert gemma.chat().send("a b a b a b", **GREEDY).text == "hello world"
+    assert gemma.chat().send("c c c c c c", **GREEDY).text == "hello world"
+    asked = ids("<bos><start_of_turn>user\na b a b a b<end_of_turn>\n<start_of_turn>model\n")
+    assert seen(model)[: len(asked)] == asked  # from the beginning: the cache held something else
+
+
+def test_after_a_reset_the_same_beginning_is_not_read_again() -> None:
+    model = Model(Answers("hello", "hello"))
+    chat = fake_native.gemma(model).chat(system="a b a b")
+    chat.send("c", **GREEDY)
+    chat.reset()
+    model.read.clear()
+    assert chat.send("c", **GREEDY).text == "hello"
+    assert len(model.read[0]) == 1
+
+
+def test_ctrl_c_keeps_what_there_is_of_an_answer() -> None:
+    chat, model, _ = conversation("a b c", "the")
+
+    def interrupt(_: Any) -> None:
+        if len(model.read) == 3:
+            raise KeyboardInterrupt
+
+    model.before = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        chat.send("hello", **GREEDY)
+    model.before = None
+    assert [role for role, _ in chat.messages] == ["user", "model"] and "a b c".startswith(chat.messages[1][1])
+    assert chat.messages[1][1]
+    assert chat.send("c", **GREEDY).text == "the"
+
+
+def test_cancelled_while_another_call_is_waited_for() -> None:
+    chat, _, gemma = conversation("a b! c", "the")
+    chat.send("a", stop="!", **GREEDY)  # the cache has more than the history, and must be cut
+    taken = chat._take_cache
+
+    def cancelled(prompt: list[int], flag: Any) -> Any:
+        gemma.cancel()
+        return taken(prompt, flag)
+
+    chat._take_cache = cancelled  # type: ignore[method-assign]
+    assert chat.send("b " * 3, **GREEDY).finish_reason == "cancelled"
+    chat._take_cache = taken  # type: ignore[method-assign]
+    assert [text for _, text in chat.messages] == ["a", "a b"]
+    assert chat.send("c", **GREEDY).text == "the"
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,15 @@ def test_closed_standard_streams(model: Path) -> None:
     assert result.returncode == 0 and b"tokens/s" not in result.stdout
 
 
+def test_log_probabilities_of_tokens_past_the_vocabulary(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model may have more rows than its vocabulary has pieces."""
+    with Gemma.load(model) as gemma:
+        assert gemma.tokenizer.vocab_size <= 511 < gemma.config.vocab_size
+        out = gemma.generate("a", max_tokens=1, logit_bias={511: 1000.0}, logprobs=0)
+        cli._print_logprobs(gemma, out)
+    assert out.tokens == [511] and capsys.readouterr().err.startswith("'' ")
+
+
 def test_chat_takes_utf8_alone(model: Path) -> None:
     for locale in ("C", "C.UTF-8"):
         refused(run("chat", "--model", model, stdin=b"caf\xe9\n", LC_ALL=locale), "UTF-8")

@@ -163,6 +163,16 @@ def test_stop_strings(stop: Any, text: str, reason: str) -> None:
     assert "".join(gemma.stream("", temperature=0, stop=stop)) == text
 
 
+def test_cancelled_before_the_prompts_second_answer_starts() -> None:
+    def logits(so_far: list[int]) -> np.ndarray:
+        gemma.cancel()
+        return noise(so_far)
+
+    model = Model(logits)
+    gemma = fake_native.gemma(model)
+    assert [out.finish_reason for out in gemma.generate("hello", n=2, max_tokens=5)] == ["cancelled", "cancelled"]
+
+
 def test_a_stop_string_that_the_end_completes() -> None:
     first = WORDS.id("<0xE3>")  # of a character that never comes
     assert first is not None

@@ -229,6 +229,25 @@ print("the end")
     assert (out.returncode, out.stdout.strip()) == (0, "the end"), out.stderr
 
 
+def test_an_exit_handler_may_wait_for_a_thread_in_the_tokenizer(tmp_path: Path) -> None:
+    vocabulary = tmp_path / "tokenizer.model"
+    vocabulary.write_bytes(fake_native.tokenizer().proto)
+    code = """
+import atexit, sys, threading
+stop = threading.Event()
+def work():
+    while not stop.is_set():
+        words.encode("hello world")
+thread = threading.Thread(target=work, daemon=True)
+atexit.register(lambda: (stop.set(), thread.join(), print("the end")))  # runs after the tokenizer's own
+from gemma_native.tokenizer import Tokenizer
+words = Tokenizer.from_sentencepiece(open(sys.argv[1], "rb").read())
+thread.start()
+"""
+    out = run(code, str(vocabulary))
+    assert (out.returncode, out.stdout.strip()) == (0, "the end"), out.stderr
+
+
 def test_import_is_light() -> None:
     code = "import sys, gemma_native; gemma_native.SamplingParams; print(*sys.modules)"
     loaded = set(run(code).stdout.split())

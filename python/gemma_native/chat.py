@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ._native import Cache, CancelFlag, Cancelled
 from .gemma import Gemma
 from .sampling import SamplingParams, make_params
 from .sequence import Completion, Prefix, Running
@@ -33,6 +34,7 @@ class Chat:
         self._gemma = gemma
         self._turn, self._end = turn, end
         self._system = system
+        self._prefix: Prefix | None = None  # what was read so far; an open stream has it
         self.reset()
         self._recall([_role_and_text(i, m) for i, m in enumerate(messages)])
 
@@ -40,13 +42,18 @@ class Chat:
         """Forgets the conversation; the system text stays."""
         self.messages: list[tuple[str, str]] = []
         self._tokens: list[int] = []  # the conversation so far
-        self._prefix: Prefix | None = None
         self._open: ChatStream | None = None
+        self._give_back()
 
     def __del__(self) -> None:
-        prefix: Prefix | None = getattr(self, "_prefix", None)
+        if hasattr(self, "_prefix"):
+            self._give_back()
+
+    def _give_back(self) -> None:
+        """The cache, since another conversation may begin like this one."""
+        prefix, self._prefix = self._prefix, None
         if prefix is not None:
-            self._gemma._keep(prefix)  # another conversation may go on from there
+            self._gemma._keep(prefix)
 
     def send(self, text: str, params: SamplingParams | None = None, **settings: Any) -> Completion:
         """Says `text` and returns the whole answer. Raises ValueError when the conversation no longer fits the context."""
@@ -68,11 +75,24 @@ class Chat:
         gemma = self._gemma
         prompt = gemma._ids(self._asked(text))
         gemma._check(chosen)
-        cache = self._prefix.rewind(prompt) if self._prefix else gemma._cache(prompt, gemma._context)
         ends = gemma._ends(chosen) | {self._end}
-        sequence = Running(prompt, chosen, 0, cache, gemma.tokenizer, ends)
-        self._open = ChatStream(self, text, sequence)
+        flag = gemma._begin()
+        try:
+            sequence = Running(prompt, chosen, 0, self._take_cache(prompt, flag), gemma.tokenizer, ends)
+            self._open = ChatStream(self, text, sequence, flag)
+        except BaseException:
+            gemma._end(flag)
+            raise
         return self._open
+
+    def _take_cache(self, prompt: list[int], flag: CancelFlag) -> Cache:
+        prefix, self._prefix = self._prefix, None
+        try:
+            if prefix is not None:
+                return prefix.rewind(prompt, flag)
+        except Cancelled:  # the first pass will say so
+            pass
+        return self._gemma._cache(prompt, self._gemma._context, flag)
 
     def _recall(self, messages: list[tuple[str, str]]) -> None:
         for i, (role, _) in enumerate(messages):
@@ -127,10 +147,9 @@ def _role_and_text(index: int, message: Any) -> tuple[str, str]:
 class ChatStream(Stream):
     """The pieces of an answer; see `Stream`."""
 
-    def __init__(self, chat: Chat, text: str, sequence: Running) -> None:
+    def __init__(self, chat: Chat, text: str, sequence: Running, flag: CancelFlag) -> None:
         self._chat, self._said = chat, text
         gemma = chat._gemma
-        flag = gemma._begin()
         super().__init__(sequence, gemma._steps([sequence], flag), flag, gemma._end)
 
     def _finish(self) -> None:

@@ -109,7 +109,7 @@ class Gemma:
             model = _build(checkpoint, settings)
             checkpoint.loaded()
             name = os.fspath(source)
-            at = name if name == "demo" or not os.path.exists(name) else os.path.abspath(name)
+            at = name if source == "demo" or not os.path.exists(name) else os.path.abspath(name)
             loaded_with = {"source": at, "context": context, **settings}
             gemma = cls(
                 model,
@@ -365,7 +365,7 @@ class Gemma:
         else:
             ids = [_token(t) for t in prompt]
         if not ids:
-            raise ValueError("the prompt has no tokens; at least one is needed (a batch needs at least one prompt)")
+            raise ValueError("the prompt has no tokens; at least one is needed")
         rows = self.config.vocab_size
         for t in ids:
             if not 0 <= t < rows:
@@ -425,6 +425,8 @@ class Gemma:
         Raises ValueError (prompt too long or empty, token ids out of range, settings), TypeError.
         """
         chosen = make_params(params, settings)
+        if isinstance(prompt, list) and not prompt:
+            raise ValueError("the list is empty: a prompt needs at least one token, a batch at least one prompt")
         batch = _is_batch(prompt)
         flag = self._begin()
         try:
@@ -516,8 +518,8 @@ def _check_settings(settings: dict[str, Any], context: int | None) -> None:
     for name, value in (("threads", settings["threads"]), ("context", context)):
         if value is not None and not is_integer(value):
             raise TypeError(f"{name} must be an integer or None, not {value!r:.60}")
-        if value is not None and abs(value) >> 31:
-            raise ValueError(f"{name} is {value!r:.60}, out of range")
+    if settings["threads"] is not None and not 1 <= settings["threads"] <= 1024:
+        raise ValueError(f"threads must be between 1 and 1024, not {settings['threads']!r:.60}")
     if not isinstance(settings["deterministic"], bool):
         raise TypeError(f"deterministic must be True or False, not {settings['deterministic']!r:.60}")
 

@@ -118,7 +118,7 @@ def _integer(params: SamplingParams, name: str, low: int) -> None:
 
 def _float(value: Any) -> float | None:
     """None if it is no number."""
-    if not isinstance(value, (int, float, np.number)) or isinstance(value, bool):
+    if not isinstance(value, (int, float, np.integer, np.floating)) or isinstance(value, (bool, np.timedelta64)):
         return None
     try:
         return float(value)
@@ -251,31 +251,28 @@ class Sampler:
 
     def _reshaped(self, logits: NDArray[np.float32], ids: NDArray[np.int32]) -> NDArray[np.float32]:
         """Logits of the tokens `ids` (in order, with all that are `changed`) after bias and penalties."""
-        with np.errstate(over="ignore"):
-            return self._reshape(logits, ids)
-
-    def _reshape(self, logits: NDArray[np.float32], ids: NDArray[np.int32]) -> NDArray[np.float32]:
         p = self.params
-        out: NDArray[np.float32] = logits.copy()
+        out = logits.astype(np.float64)  # in which nothing overflows that settings can ask for
 
         def places(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
             return np.searchsorted(ids, tokens)
 
         if p.logit_bias:
             tokens = np.fromiter(p.logit_bias.keys(), np.int64)
-            out[places(tokens)] += np.array([_single(b) for b in p.logit_bias.values()], np.float32)
+            out[places(tokens)] += [_single(b) for b in p.logit_bias.values()]
         if p.repetition_penalty != 1:
             tokens = np.concatenate([self._prompt, np.fromiter(self._counts, np.int64, len(self._counts))])
             seen = places(distinct(tokens))
-            values, penalty = out[seen], np.float32(_single(max(p.repetition_penalty, 1e-37)))
+            values, penalty = out[seen], _single(max(p.repetition_penalty, 1e-37))
             out[seen] = np.where(values > 0, values / penalty, values * penalty)
         if self._counts and (p.presence_penalty or p.frequency_penalty):
             tokens = places(np.fromiter(self._counts.keys(), np.int64))
-            counts = np.fromiter(self._counts.values(), np.float32)
-            out[tokens] -= np.float32(_single(p.presence_penalty)) + np.float32(_single(p.frequency_penalty)) * counts
+            counts = np.fromiter(self._counts.values(), np.float64)
+            out[tokens] -= _single(p.presence_penalty) + _single(p.frequency_penalty) * counts
         # What settings make too large is as large as can be; what was not finite before is the model's fault.
-        finite: NDArray[np.float32] = np.where(np.isfinite(logits), np.minimum(out, np.float32(_LARGEST)), out)
-        return finite
+        changed = np.isfinite(logits) & np.isfinite(out)
+        result: NDArray[np.float32] = np.where(changed, np.clip(out, -_LARGEST, _LARGEST), out).astype(np.float32)
+        return result
 
     def _draw(self, ids: NDArray[np.int64], logits: NDArray[np.float32], ordered: bool = True) -> int:
         """One token of `ids` (best first when `ordered`) after temperature, top_p and min_p."""

@@ -126,8 +126,10 @@ class _Calls:
 
     def __enter__(self) -> None:
         with self._changed:
-            # The thread that ends the interpreter may still call; others wait for the process's end.
-            self._changed.wait_for(lambda: not self._ended or threading.current_thread() is threading.main_thread())
+            # The thread that ends the interpreter may still call; for others the process most likely ends here. If it waits for them
+            # instead, in a handler of its own, they go on.
+            ending = threading.current_thread() is threading.main_thread()
+            self._changed.wait_for(lambda: not self._ended or ending, timeout=2)
             self._inside += 1
 
     def __exit__(self, *_: object) -> None:

@@ -45,7 +45,7 @@ def open_checkpoint(source: str | os.PathLike[str], progress: Progress | None = 
         exists = path.exists()
     except (OSError, RuntimeError, ValueError) as error:  # no such user, a name too long, a NUL in it
         raise FileNotFoundError(f"{text!r:.200}: no such file or directory ({error})") from None
-    if text == "demo":  # a folder of that name is ./demo
+    if source == "demo":  # a folder of that name is "./demo", or a Path
         path = demo_file()
     elif not exists:
         if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) and not text.endswith(
