@@ -58,8 +58,8 @@ class Cache:
             raise ValueError(f"truncate: {n} of {self.length}")
         del self.tokens[n:]
 
-    def clone(self, cancel: Any = None) -> Cache:
-        if cancel is not None and cancel.is_set():
+    def clone(self, cancel: Any) -> Cache:
+        if cancel.is_set():
             raise _native.Cancelled
         return copy.deepcopy(self)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 from typing import Any
 
 import fake_native
@@ -335,11 +337,19 @@ def test_cancelled_while_another_call_is_waited_for() -> None:
         ("user", TypeError, r"messages\[0\]"),
     ],
 )
-def test_messages_that_are_none(messages: Any, error: type[Exception], message: str) -> None:
+def test_messages_that_are_refused(messages: Any, error: type[Exception], message: str) -> None:
     _, model, gemma = conversation("a")
     with pytest.raises(error, match=message):
         gemma.chat(messages=messages)
     assert not model.steps
+
+
+def test_a_chat_is_not_copied() -> None:
+    """Two would write to one cache."""
+    chat, _, _ = conversation("a")
+    for call in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="messages=chat.messages"):
+            call(chat)
 
 
 def test_wrong_arguments() -> None:

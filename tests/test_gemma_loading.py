@@ -238,6 +238,8 @@ stop = threading.Event()
 def work():
     while not stop.is_set():
         words.encode("hello world")
+    for _ in range(100):
+        words.encode("hello world")
 thread = threading.Thread(target=work, daemon=True)
 atexit.register(lambda: (stop.set(), thread.join(), print("the end")))  # runs after the tokenizer's own
 from gemma_native.tokenizer import Tokenizer

@@ -301,7 +301,11 @@ RANGES: dict[str, tuple[list[Any], list[Any], list[Any]]] = {  # good, out of ra
     "repetition_penalty": ([0.5, 2], [0, -1, float("inf"), float("nan")], ["1", None, True]),
     "presence_penalty": ([-2, 0, 2], [float("inf"), float("nan"), 10**400], ["1", None, True, 1j, np.complex128(1)]),
     "frequency_penalty": ([-2, 0, 2], [float("inf"), float("nan")], ["1", None, True]),
-    "logit_bias": ([{}, {1: 2.0}, {np.int64(1): -np.inf}], [{-1: 1.0}, {1: float("nan")}, {1: 10**400}], [[1], "x"]),
+    "logit_bias": (
+        [{}, {1: 2.0}, {np.int64(1): -np.inf}, {1: -(10**400)}],
+        [{-1: 1.0}, {1: float("nan")}, {1: 10**400}, {1: 1j}],
+        [[1], "x"],
+    ),
     "seed": ([None, 0, 2**64 - 1], [-1], [1.5, "1", True]),
     "stop": (["a", ["a", "b"], (), []], ["", ["a", ""]], [None, 5]),
     "stop_tokens": ([[], [0, 5], (np.int64(3),)], [[-1]], [None, 5]),

@@ -289,7 +289,7 @@ class CpuBackend final : public Backend {
 
   template <class T>
   static void grow(std::vector<T>& v, int64_t n) {
-    if (static_cast<int64_t>(v.size()) < n) v.resize(n);
+    if (static_cast<int64_t>(v.size()) < n) v = std::vector<T>(n);  // the old memory goes last, see Memory::release
   }
 
   // Activations from the normed rows of x: the first n, or those that `pick` lists.

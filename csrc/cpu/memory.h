@@ -65,14 +65,15 @@ class Memory {
 #endif
   }
 
+  // Forgotten before it is freed, or a child that is forked meanwhile would free it again.
   void release() {
-#if defined(_MSC_VER)
-    _aligned_free(data_);
-#else
-    std::free(data_);
-#endif
-    data_ = nullptr;
+    uint8_t* const old = std::exchange(data_, nullptr);
     size_ = 0;
+#if defined(_MSC_VER)
+    _aligned_free(old);
+#else
+    std::free(old);
+#endif
   }
 
   uint8_t* data_ = nullptr;

@@ -9,7 +9,7 @@ Gemma 1 and 2 too, whose templates would refuse it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from ._native import Cache, CancelFlag, Cancelled
 from .gemma import Gemma
@@ -48,6 +48,9 @@ class Chat:
     def __del__(self) -> None:
         if hasattr(self, "_prefix"):
             self._give_back()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a chat can be neither copied nor pickled; gemma.chat(messages=chat.messages) goes on like it")
 
     def _give_back(self) -> None:
         """The cache, since another conversation may begin like this one."""
@@ -90,8 +93,8 @@ class Chat:
         try:
             if prefix is not None:
                 return prefix.rewind(prompt, flag)
-        except Cancelled:  # the first pass will say so
-            pass
+        except Cancelled:  # the first pass will say so, and the next turn reads everything again
+            prefix = None
         return self._gemma._cache(prompt, self._gemma._context, flag)
 
     def _recall(self, messages: list[tuple[str, str]]) -> None:

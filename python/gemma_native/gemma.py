@@ -168,13 +168,14 @@ class Gemma:
         self.close()
 
     def close(self) -> None:
-        """Stops what runs and gives the memory back. Later calls raise RuntimeError."""
+        """Stops what runs and gives the memory back, once no chat or stream is left. Later calls raise RuntimeError."""
         self.cancel()
         self._model = None
         self.drop_cache()
 
     def drop_cache(self) -> None:
-        """Gives back the memory of the last prompt's KV cache, which is kept for a next prompt that begins alike."""
+        """Gives back the memory of the last prompt's KV cache, which is kept for a next prompt that begins alike. A chat has its own
+        until it is reset or gone."""
         self._kept.clear()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -324,13 +325,14 @@ class Gemma:
 
     def _cache(self, prompt: list[int], needed: int, flag: _native.CancelFlag | None = None) -> _native.Cache:
         """That of the last prompt, cut to what both begin with, or an empty one, for `needed` positions at least."""
+        prefix: Prefix | None = None
         try:
             prefix = self._kept.pop()
             if prefix.cache.capacity >= needed:
                 return prefix.rewind(prompt, flag)
-            del prefix
         except (IndexError, _native.Cancelled):  # cancelled: the first pass will say so
             pass
+        prefix = None  # its memory goes first
         return self._new_cache(needed)
 
     def _new_cache(self, needed: int) -> _native.Cache:

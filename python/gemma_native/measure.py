@@ -228,6 +228,8 @@ def bench(
     for n in contexts:
         if n + tokens > limit:
             raise ValueError(f"{tokens} tokens after {n} do not fit the context of {limit}")
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, not {rounds}")
     if tokens > MAX_ROWS:
         raise ValueError(f"at most {MAX_ROWS} tokens a round, so that caches can be rewound; got {tokens}")
     encodings = model.encodings()
@@ -251,9 +253,9 @@ def bench(
     peaks: list[dict[str, float]] = []
     for index in range(rounds):
         progress(f"round {index + 1} of {rounds}")
-        bandwidth, peak_of = _ceilings(model)
-        bandwidths.append(bandwidth)
-        peaks.append(peak_of)
+        read, products = _ceilings(model)
+        bandwidths.append(read)
+        peaks.append(products)
         for n in prompts:
             prefill_cache.truncate(0)
             ids = text(n)
@@ -335,9 +337,8 @@ def bench_text(facts: dict[str, Any]) -> str:
         f"KV {facts['kv']}; {facts['device']}, {facts['isa']}, {facts['threads']} threads; "
         f"medians of {facts['rounds']} rounds"
     ]
-    if facts["read_bandwidth"]:
-        peaks = ", ".join(f"{name} {value / 1e9:,.0f}" for name, value in facts["peak"].items())
-        lines.append(f"ceilings: {facts['read_bandwidth'] / 1e9:.1f} GB/s read; peak Gop/s {peaks}")
+    peaks = ", ".join(f"{name} {value / 1e9:,.0f}" for name, value in facts["peak"].items())
+    lines.append(f"ceilings: {facts['read_bandwidth'] / 1e9:.1f} GB/s read; peak Gop/s {peaks}")
     lines.append(f"{'':<26}{'tokens/s':>10}{'slowest':>10}{'fastest':>10}   rate")
     for r in facts["results"]:
         label = f"{r['what']} {'of' if r['what'] == 'prefill' else 'at'} {r['tokens']}"

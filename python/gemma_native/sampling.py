@@ -52,13 +52,15 @@ class SamplingParams:
         _number(self, "frequency_penalty", -math.inf, math.inf)
         if not isinstance(self.logit_bias, Mapping):
             raise TypeError("logit_bias must map token ids to numbers")
+        biases: dict[int, float] = {}
         for token, bias in self.logit_bias.items():
             if not is_integer(token) or token < 0:
                 raise ValueError(f"logit_bias: {token!r} is not a token id")
             number = _float(bias)
             if number is None or math.isnan(number) or number == math.inf:
                 raise ValueError(f"logit_bias[{token}] is {bias!r:.80}; a number is expected (-inf bans the token)")
-        object.__setattr__(self, "logit_bias", {int(t): float(b) for t, b in self.logit_bias.items()})
+            biases[int(token)] = number
+        object.__setattr__(self, "logit_bias", biases)
         if self.seed is not None:
             _integer(self, "seed", 0)
         for name in ("stop", "stop_tokens"):
@@ -263,15 +265,15 @@ class Sampler:
         if p.repetition_penalty != 1:
             tokens = np.concatenate([self._prompt, np.fromiter(self._counts, np.int64, len(self._counts))])
             seen = places(distinct(tokens))
-            values, penalty = out[seen], _single(max(p.repetition_penalty, 1e-37))
+            values, penalty = out[seen], _single(max(p.repetition_penalty, 1 / _LARGEST))
             out[seen] = np.where(values > 0, values / penalty, values * penalty)
         if self._counts and (p.presence_penalty or p.frequency_penalty):
             tokens = places(np.fromiter(self._counts.keys(), np.int64))
             counts = np.fromiter(self._counts.values(), np.float64)
             out[tokens] -= _single(p.presence_penalty) + _single(p.frequency_penalty) * counts
         # What settings make too large is as large as can be; what was not finite before is the model's fault.
-        changed = np.isfinite(logits) & np.isfinite(out)
-        result: NDArray[np.float32] = np.where(changed, np.clip(out, -_LARGEST, _LARGEST), out).astype(np.float32)
+        finite = np.isfinite(logits) & np.isfinite(out)
+        result: NDArray[np.float32] = np.where(finite, np.clip(out, -_LARGEST, _LARGEST), out).astype(np.float32)
         return result
 
     def _draw(self, ids: NDArray[np.int64], logits: NDArray[np.float32], ordered: bool = True) -> int:

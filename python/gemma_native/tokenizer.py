@@ -129,7 +129,8 @@ class _Calls:
             # The thread that ends the interpreter may still call; for others the process most likely ends here. If it waits for them
             # instead, in a handler of its own, they go on.
             ending = threading.current_thread() is threading.main_thread()
-            self._changed.wait_for(lambda: not self._ended or ending, timeout=2)
+            if not self._changed.wait_for(lambda: not self._ended or ending, timeout=2):
+                self._ended = False
             self._inside += 1
 
     def __exit__(self, *_: object) -> None:
