@@ -1,6 +1,6 @@
 """A streaming chat in a terminal. Needs instruction-tuned weights, such as a GGUF file of Gemma 3 1B `-it`.
 
-Usage: python examples/chat.py gemma-3-1b-it-Q4_0.gguf
+Usage: python examples/chat.py gemma-3-1b-it-Q4_K_M.gguf
 """
 
 from __future__ import annotations

@@ -237,6 +237,7 @@ def test_a_conversation_goes_on_from_its_messages() -> None:
     assert gemma.chat(messages=elsewhere)._tokens == chat._tokens
     told = gemma.chat(system="the", messages=iter(chat.messages))._tokens
     assert told == ids("<bos><start_of_turn>user\nthe\n\n") + chat._tokens[len(ids("<bos><start_of_turn>user\n")) :]
+    assert gemma.chat(messages=[{"role": "system", "content": "the"}, *elsewhere])._tokens == told
     again.reset()
     assert again.messages == [] and not again._tokens and len(chat.messages) == 4
 
@@ -327,9 +328,10 @@ def test_cancelled_while_another_call_is_waited_for() -> None:
     ("messages", "error", "message"),
     [
         ([("user", "a")], ValueError, "last of the messages"),
-        ([("model", "a"), ("user", "b")], ValueError, r"messages\[0\] is the model's"),
-        ([("user", "a"), ("user", "b")], ValueError, r"messages\[1\] is the user's"),
-        ([{"role": "system", "content": "a"}], ValueError, "system="),
+        ([("model", "a"), ("user", "b")], ValueError, "'a' is the model's"),
+        ([("user", "a"), ("user", "b")], ValueError, "'b' is the user's; user and model take turns"),
+        ([("user", "a"), ("model", "b"), ("system", "c"), ("user", "d")], ValueError, "'c' is the system's"),
+        ([("system", "a"), ("system", "b")], ValueError, "'b' is the system's"),
         ([("tool", "a")], ValueError, "tool"),
         (["user"], TypeError, r"messages\[0\]"),
         ([("user", ["a"])], TypeError, "role, text"),
@@ -342,6 +344,12 @@ def test_messages_that_are_refused(messages: Any, error: type[Exception], messag
     with pytest.raises(error, match=message):
         gemma.chat(messages=messages)
     assert not model.steps
+
+
+def test_one_system_text() -> None:
+    _, _, gemma = conversation("a")
+    with pytest.raises(ValueError, match="give one of them"):
+        gemma.chat(system="b", messages=[("system", "b")])
 
 
 def test_a_chat_is_not_copied() -> None:

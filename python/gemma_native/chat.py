@@ -31,12 +31,17 @@ class Chat:
             raise ValueError("this vocabulary has no <start_of_turn> and <end_of_turn>: its model cannot chat")
         if system is not None and not isinstance(system, str):
             raise TypeError(f"system must be text, not {type(system).__name__}")
+        history = [_role_and_text(i, m) for i, m in enumerate(messages)]
+        if history and history[0][0] == "system":
+            if system is not None:
+                raise ValueError("messages[0] is a system text, and so is system=: give one of them")
+            system = history.pop(0)[1]
         self._gemma = gemma
         self._turn, self._end = turn, end
         self._system = system
         self._prefix: Prefix | None = None  # what was read so far; an open stream has it
         self.reset()
-        self._recall([_role_and_text(i, m) for i, m in enumerate(messages)])
+        self._recall(history)
 
     def reset(self) -> None:
         """Forgets the conversation; the system text stays."""
@@ -98,9 +103,12 @@ class Chat:
         return self._gemma._cache(prompt, self._gemma._context, flag)
 
     def _recall(self, messages: list[tuple[str, str]]) -> None:
-        for i, (role, _) in enumerate(messages):
+        for i, (role, text) in enumerate(messages):
             if role != ("user", "model")[i % 2]:
-                raise ValueError(f"messages[{i}] is the {role}'s; user and model take turns, the user first")
+                raise ValueError(
+                    f"the message {text!r:.40} is the {role}'s; user and model take turns, the user first, "
+                    "and a system text stands before them all"
+                )
         if len(messages) % 2:
             raise ValueError("the last of the messages is the user's; give it to send() or stream()")
         for (_, text), (_, answer) in zip(messages[::2], messages[1::2], strict=True):
@@ -140,11 +148,9 @@ def _role_and_text(index: int, message: Any) -> tuple[str, str]:
     if not isinstance(message, (tuple, list)) or len(message) != 2 or not all(isinstance(x, str) for x in message):
         raise TypeError(f"messages[{index}] must be (role, text), or role and content in a dict, not {message!r:.80}")
     role, text = message
-    if role == "system":
-        raise ValueError(f"messages[{index}] is a system text; give it as system=")
-    if role not in ("user", "model", "assistant"):
-        raise ValueError(f"messages[{index}]: the role is user, model or assistant, not {role!r:.40}")
-    return "user" if role == "user" else "model", text
+    if role not in ("system", "user", "model", "assistant"):
+        raise ValueError(f"messages[{index}]: the role is system, user, model or assistant, not {role!r:.40}")
+    return "model" if role == "assistant" else role, text
 
 
 class ChatStream(Stream):

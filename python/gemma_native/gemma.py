@@ -463,8 +463,10 @@ class Gemma:
     def chat(self, system: str | None = None, messages: Iterable[Message] = ()) -> Chat:
         """Starts a conversation, or goes on with one.
 
+        system: how the model should behave; it stands before the first user text.
         messages: what was said before, by the user and the model in turn: (role, text), as `Chat.messages` has them, or
-            {"role": ..., "content": ...}; the model's role is "model" or "assistant". The next word is the user's.
+            {"role": ..., "content": ...}; the model's role is "model" or "assistant". The first may be a "system" message,
+            which stands for system=; the last is the model's, since what the user says next is for `send` or `stream`.
 
         Raises ValueError where the vocabulary has no turns, and for messages in another order; TypeError.
         """
