@@ -127,6 +127,7 @@ std::vector<int32_t> tokens_of(const py::object& o) {
   out.reserve(static_cast<size_t>(wide.size()));
   for (py::ssize_t i = 0; i < wide.size(); ++i) {
     const int64_t t = wide.data()[i];
+    GEMMA_CHECK(t >= 0 || kind == 'i', "token id ", static_cast<uint64_t>(t), " is out of range");
     GEMMA_CHECK(t >= 0 && t <= INT32_MAX, "token id ", t, " is out of range");
     out.push_back(static_cast<int32_t>(t));
   }
@@ -533,5 +534,7 @@ PYBIND11_MODULE(_native, m) {
   bind_functions(m);
   bind_cache(m);
   bind_model(m);
+  m.attr("MAX_ROWS") = kMaxRows;
+  m.attr("KEY_BLOCK") = kKeyBlock;
   add_testing(m);
 }

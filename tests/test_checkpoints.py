@@ -22,7 +22,7 @@ from opening import CASE, Q_PROJ, arrays, logits, refused
 from reference import to_bf16
 from tiny import header_of, put_header
 
-from gemma_native import _native
+from gemma_native.errors import FormatError
 from gemma_native.weights import EMBEDDING, expected_tensors, open_checkpoint
 
 
@@ -340,8 +340,6 @@ def test_consumed_releases_whole_pages_only(tmp_path: Path) -> None:
             assert arrays(checkpoint) == before
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})  # growing
     assert seen[-1] == (total, total) and {t for _, t in seen} == {total}
-    checkpoint.loaded()
-    assert seen[-1] == (total, total)
     checkpoint.consumed("no such tensor", 0, 10)  # harmless
 
 
@@ -349,14 +347,13 @@ def test_progress_of_a_load_ends_at_the_total(folder: Path) -> None:
     for weights in ("int8", "auto"):
         seen: list[tuple[int, int]] = []
         checkpoint = open_checkpoint(folder, progress=lambda *at, seen=seen: seen.append(at))
-        model = _native.Model(checkpoint.config, checkpoint.tensors, weights=weights, consumed=checkpoint.consumed)
-        checkpoint.loaded()
+        model = checkpoint.model(weights=weights)
         assert seen[-1][0] == seen[-1][1] and seen == sorted(seen)
         checkpoint.close()
         model.forward([2, 3], model.new_cache(8))  # weights that are used where they lie outlive the checkpoint
 
 
-def test_errors_of_a_load_name_the_tensor(tmp_path: Path) -> None:
+def test_errors_of_a_load_name_the_file_and_the_tensor(tmp_path: Path) -> None:
     folder = tiny.write_hf(tmp_path / "hf", CASE)
     path = folder / "model.safetensors"
     header, data = header_of(path)
@@ -365,8 +362,11 @@ def test_errors_of_a_load_name_the_tensor(tmp_path: Path) -> None:
     put_header(path, header, bytes(raw))
     checkpoint = open_checkpoint(folder)
     for weights in ("int8", "int4"):
-        with pytest.raises(ValueError, match=rf'"{Q_PROJ}", row 0: a weight is nan'):
-            _native.Model(checkpoint.config, checkpoint.tensors, weights=weights)
+        with pytest.raises(FormatError, match=rf'hf: tensor "{Q_PROJ}", row 0: a weight is nan'):
+            checkpoint.model(weights=weights)
+    with pytest.raises(ValueError, match="^weights must") as error:
+        checkpoint.model(weights="int2")
+    assert not isinstance(error.value, FormatError)  # no fault of the file
 
 
 # --- sources ---

@@ -71,6 +71,12 @@ def test_pickle_goes_by_source(real: Gemma) -> None:
         assert again.model.threads == real.model.threads
 
 
+def test_pickles_hold_plain_numbers(folder: Path) -> None:
+    """An application that keeps them need not have the NumPy that wrote them."""
+    with Gemma.load(folder, device="cpu", threads=np.int64(1), context=np.int32(50)) as gemma:
+        assert b"numpy" not in pickle.dumps(gemma)
+
+
 def test_cancel_during_a_real_prefill(real: Gemma) -> None:
     thread, out = in_thread(lambda: real.generate([BOS] * 1500, max_tokens=500, ignore_eos=True))
     while thread.is_alive():  # the call may not have begun yet

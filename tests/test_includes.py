@@ -13,7 +13,7 @@ CUDA_HEADER = re.compile(r"cuda|cublas|cutlass|nvrtc|mma\.h|<cooperative_groups"
 # A module may import those named beside it; errors and config at any time.
 PYTHON = {
     "__main__": {"cli"},
-    "cli": {"gemma", "measure", "packed", "sampling", "tokenizer", "weights", "_native"},
+    "cli": {"gemma", "measure", "packed", "sampling", "tokenizer", "weights"},
     "measure": {"gguf", "weights", "_native"},
     "gemma": {"checkpoint", "weights", "tokenizer", "sampling", "sequence", "speculation", "stream", "chat", "_native"},
     "chat": {"gemma", "sampling", "sequence", "stream", "_native"},
@@ -25,7 +25,7 @@ PYTHON = {
     "weights": {"checkpoint", "download", "gguf", "packed", "safetensors_file", "tokenizer"},
     "packed": {"checkpoint", "gguf", "safetensors_file", "tokenizer"},
     "download": {"checkpoint"},
-    "checkpoint": {"tokenizer"},
+    "checkpoint": {"tokenizer", "_native"},
     "safetensors_file": {"gguf"},
     "gguf": {"_native"},
     "config": set(),

@@ -34,37 +34,41 @@ inline void load_values(const void* v, int64_t at, int i, F& a, F& b) {
   }
 }
 
-template <bool F32, int R>
-void attend_rows(const float* q, int64_t e, const void* k, const void* v, const void* next, const int* lo,
-                 const int* hi, float c, float* max, float* sum, float* out) {
-  // A step over a long context waits for memory: while scores are computed the values are fetched, and then the next keys.
-  constexpr int kBytes = F32 ? 4 : 2;
-  const auto* fetch = static_cast<const uint8_t*>(v);
-  const auto* fetch_keys = static_cast<const uint8_t*>(next);
-  alignas(64) float p[R][kKeys];
+// Keys [first, last) of a block: which query row sees which.
+template <int R>
+struct Seen {
+  const int *lo, *hi;           // of each row
   int first = kKeys, last = 0;  // keys that some row sees
-  for (int r = 0; r < R; ++r)
-    if (lo[r] < hi[r]) {
-      first = lo[r] < first ? lo[r] : first;
-      last = hi[r] > last ? hi[r] : last;
-    }
-  if (first >= last) return;
-  // Keys that every row sees; beside them each row takes only its own, since 0 * NaN would let a masked value through.
-  int from = first, to = last;
-  for (int r = 0; r < R; ++r) {
-    from = lo[r] > from ? lo[r] : from;
-    to = hi[r] < to ? hi[r] : to;
-  }
-  if (from >= to) from = to = last;
+  int from, to;                 // keys that every row sees, within those; empty ones end at `last`
 
+  Seen(const int* begins, const int* ends) : lo(begins), hi(ends) {
+    for (int r = 0; r < R; ++r)
+      if (lo[r] < hi[r]) {
+        first = lo[r] < first ? lo[r] : first;
+        last = hi[r] > last ? hi[r] : last;
+      }
+    from = first, to = last;
+    for (int r = 0; r < R; ++r) {
+      from = lo[r] > from ? lo[r] : from;
+      to = hi[r] < to ? hi[r] : to;
+    }
+    if (from >= to) from = to = last;
+  }
+};
+
+// p[R][kKeys] = the numerators of the softmax of queries times keys; 0 where a row does not see one. Meanwhile the values are fetched.
+template <bool F32, int R>
+GEMMA_INLINE void attend_keys(const float* q, int64_t e, const void* k, const void* v, const Seen<R>& seen, float c,
+                              float* max, float* sum, float (*p)[kKeys]) {
+  const auto* fetch = static_cast<const uint8_t*>(v);
   constexpr int kVectors = R <= 2 ? 4 : 2;  // key vectors at once: enough chains to hide the latency of fma
   constexpr int kWide = kVectors * W < kKeys ? kVectors * W : kKeys;
-  for (int key = first / kWide * kWide; key < last; key += kWide) {
+  for (int key = seen.first / kWide * kWide; key < seen.last; key += kWide) {
     F s[R][kWide / W];
     for (int r = 0; r < R; ++r)
       for (int i = 0; i < kWide / W; ++i) s[r][i] = V::zero();
     for (int64_t d = 0; d < e / 2; ++d) {
-      for (int line = 0; line < 2 * kWide * kBytes; line += 64, fetch += 64) GEMMA_PREFETCH(fetch);
+      for (int line = 0; line < 2 * kWide * (F32 ? 4 : 2); line += 64, fetch += 64) GEMMA_PREFETCH(fetch);
       F a[kWide / W], b[kWide / W];
       for (int i = 0; i < kWide / W; ++i) load_keys<F32>(k, e, d, key + i * W, a[i], b[i]);
       for (int r = 0; r < R; ++r) {  // the outer loop, so that no query waits in a register for the next vector of keys
@@ -76,17 +80,25 @@ void attend_rows(const float* q, int64_t e, const void* k, const void* v, const 
       for (int i = 0; i < kWide / W; ++i) {
         F x = c > 0 ? cap(s[r][i], c) : s[r][i];
         const int at = key + i * W;
-        V::store(&p[r][at], V::between(x, V::set(-INFINITY), lo[r] - at, hi[r] - at));
+        V::store(&p[r][at], V::between(x, V::set(-INFINITY), seen.lo[r] - at, seen.hi[r] - at));
       }
   }
-  const int begin = first / kWide * kWide, end = (last + kWide - 1) / kWide * kWide;
+  const int begin = seen.first / kWide * kWide, end = (seen.last + kWide - 1) / kWide * kWide;
   for (int r = 0; r < R; ++r) {
-    if (lo[r] >= hi[r]) {
+    if (seen.lo[r] >= seen.hi[r]) {
       for (int i = begin; i < end; i += W) V::store(&p[r][i], V::zero());
       continue;
     }
     softmax(p[r], begin, end, &max[r], &sum[r]);
   }
+}
+
+// out[R][e] = p times values. A row takes only the keys that it sees, since 0 * NaN would let a masked value through. Meanwhile the next
+// keys are fetched.
+template <bool F32, int R>
+GEMMA_INLINE void attend_values(const float (*p)[kKeys], int64_t e, const void* v, const void* next,
+                                const Seen<R>& seen, float* out) {
+  const auto* fetch = static_cast<const uint8_t*>(next);
   for (int64_t d = 0; d < e; d += 32)
     for (int i = 0; i < 16 / W; ++i) {
       F x[R], y[R];
@@ -95,26 +107,37 @@ void attend_rows(const float* q, int64_t e, const void* k, const void* v, const 
         for (int key = begin; key < end; ++key) {
           F a, b;
           load_values<F32>(v, d * kKeys + key * 32, i, a, b);
-          if (fetch_keys && i == 0) {
-            for (int line = 0; line < 32 * kBytes; line += 64, fetch_keys += 64) GEMMA_PREFETCH(fetch_keys);
+          if (fetch && i == 0) {
+            for (int line = 0; line < 32 * (F32 ? 4 : 2); line += 64, fetch += 64) GEMMA_PREFETCH(fetch);
           }
           for (int r = 0; r < R; ++r) {
-            if (!shared && (key < lo[r] || key >= hi[r])) continue;
+            if (!shared && (key < seen.lo[r] || key >= seen.hi[r])) continue;
             const F w = V::set(p[r][key]);
             x[r] = V::fma(w, a, x[r]);
             y[r] = V::fma(w, b, y[r]);
           }
         }
       };
-      join(first, from, false);
-      join(from, to, true);
-      join(to, last, false);
+      join(seen.first, seen.from, false);
+      join(seen.from, seen.to, true);
+      join(seen.to, seen.last, false);
       for (int r = 0; r < R; ++r)
-        if (lo[r] < hi[r]) {
+        if (seen.lo[r] < seen.hi[r]) {
           V::store(out + r * e + d + i * W, x[r]);
           V::store(out + r * e + d + 16 + i * W, y[r]);
         }
     }
+}
+
+// R rows. A step over a long context waits for memory: hence what is fetched ahead.
+template <bool F32, int R>
+void attend_rows(const float* q, int64_t e, const void* k, const void* v, const void* next, const int* lo,
+                 const int* hi, float c, float* max, float* sum, float* out) {
+  const Seen<R> seen(lo, hi);
+  if (seen.first >= seen.last) return;
+  alignas(64) float p[R][kKeys];
+  attend_keys<F32, R>(q, e, k, v, seen, c, max, sum, p);
+  attend_values<F32, R>(p, e, v, next, seen, out);
 }
 
 constexpr int kRowTile = W == 16 ? 8 : 4;  // query rows whose sums fit the registers

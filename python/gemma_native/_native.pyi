@@ -157,6 +157,9 @@ class Model:
     def packed(self) -> dict[str, tuple[str, tuple[int, ...], memoryview]]:
         """Every tensor as this class loads it again; read-only views that live as long as the model."""
 
+MAX_ROWS: int  # tokens a pass
+KEY_BLOCK: int  # positions that attention takes at once; a sliding layer's ring holds whole ones
+
 def isa() -> str: ...
 def isa_levels() -> list[str]: ...
 def bf16_instructions() -> bool: ...

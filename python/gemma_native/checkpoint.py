@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import _native
 from .config import Config
+from .errors import FormatError
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
@@ -39,6 +41,17 @@ class Checkpoint:
     def __post_init__(self) -> None:
         self._total = sum(len(data) for _, _, data in self.tensors.values())
 
+    def model(self, **settings: Any) -> _native.Model:
+        """The model in memory; settings and errors are those of `Model`, but for FormatError where a tensor is at fault."""
+        try:
+            model = _native.Model(self.config, self.tensors, consumed=self.consumed, **settings)
+        except ValueError as e:
+            if str(e).startswith('tensor "'):
+                raise FormatError(f"{self.source}: {e}") from None
+            raise
+        self._loaded()
+        return model
+
     def consumed(self, name: str, begin: int, end: int) -> None:
         """Bytes [begin, end) of a tensor are no longer needed: gives their pages back and moves the progress bar."""
         found = self._maps.get(name)
@@ -60,7 +73,7 @@ class Checkpoint:
         self._end_bar()
         self._done = 0
 
-    def loaded(self) -> None:
+    def _loaded(self) -> None:
         """The model is built: progress reaches its end (tensors that are used where they lie were never consumed)."""
         if self.progress is not None and self._done < self._total:
             self.progress(self._total, self._total)

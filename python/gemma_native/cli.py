@@ -429,7 +429,6 @@ def _bench(args: argparse.Namespace) -> None:
 
 
 def _quantize(args: argparse.Namespace) -> None:
-    from . import _native
     from .packed import save_packed
     from .weights import open_checkpoint
 
@@ -450,15 +449,7 @@ def _quantize(args: argparse.Namespace) -> None:
     checkpoint = open_checkpoint(args.source)
     try:
         tokenizer = checkpoint.tokenizer().proto if checkpoint.tokenizer is not None else None
-        model = _native.Model(
-            checkpoint.config,
-            checkpoint.tensors,
-            "cpu",
-            args.threads,
-            weights=args.weights,
-            consumed=checkpoint.consumed,
-        )
-        checkpoint.loaded()
+        model = checkpoint.model(device="cpu", threads=args.threads, weights=args.weights)
         # Written under another name first: what stood at DST stays until the new file is whole.
         save_packed(target, checkpoint.config, model.packed(), tokenizer, checkpoint.chat_template)
     finally:

@@ -101,13 +101,13 @@ class Gemma:
             "device": device, "weights": weights, "kv": kv, "threads": threads, "deterministic": deterministic,
         }  # fmt: skip
         _check_settings(settings, context)
+        settings["threads"], context = _plain(threads), _plain(context)
         checkpoint = open_checkpoint(source, progress)
         try:
             config = checkpoint.config
             if context is not None and not 1 <= context <= config.context_length:
                 raise ValueError(f"context must be between 1 and {config.context_length} tokens, not {context}")
             model = _build(checkpoint, settings)
-            checkpoint.loaded()
             name = os.fspath(source)
             at = name if source == "demo" or not os.path.exists(name) else os.path.abspath(name)
             loaded_with = {"source": at, "context": context, **settings}
@@ -117,7 +117,7 @@ class Gemma:
                 checkpoint.tokenizer,
                 checkpoint.chat_template,
                 loaded_with,
-                int(context or config.context_length),
+                context or config.context_length,
             )
             if checkpoint.pieces is not None:
                 gemma._counted = True
@@ -528,12 +528,17 @@ def _check_settings(settings: dict[str, Any], context: int | None) -> None:
         raise TypeError(f"deterministic must be True or False, not {settings['deterministic']!r:.60}")
 
 
+def _plain(value: int | None) -> int | None:
+    """An integer of NumPy as one of Python, which pickles without it."""
+    return None if value is None else int(value)
+
+
 def _build(checkpoint: Checkpoint, settings: dict[str, Any]) -> _native.Model:
     """The model on the device of the settings. "auto" becomes "cuda", or "cpu" where no GPU can be used."""
 
     def build(device: str) -> _native.Model:
         settings["device"] = device
-        return _native.Model(checkpoint.config, checkpoint.tensors, consumed=checkpoint.consumed, **settings)
+        return checkpoint.model(**settings)
 
     if settings["device"] != "auto":
         return build(settings["device"])

@@ -20,7 +20,6 @@ from .weights import EMBEDDING, open_checkpoint
 
 BLOCKS = {name: (values, size) for name, values, size in TYPES.values()}  # encoding -> values and bytes of a block
 TARGETS = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
-MAX_ROWS, KEY_BLOCK = 512, 64  # csrc/backend.h: rows a pass, keys a block; they give a sliding layer's ring
 
 
 # Sizes
@@ -55,7 +54,8 @@ def kv_bytes(config: Config, length: int, kv: str, *, rings: bool) -> int:
         held = length
         if config.sliding_window and config.sliding_layers and config.sliding_layers[layer]:
             window = config.sliding_window
-            held = min(length, -(-(window + MAX_ROWS) // KEY_BLOCK) * KEY_BLOCK if rings else window)
+            ring = -(-(window + _native.MAX_ROWS) // _native.KEY_BLOCK) * _native.KEY_BLOCK
+            held = min(length, ring if rings else window)
         total += row * held
     return total
 
@@ -230,8 +230,8 @@ def bench(
             raise ValueError(f"{tokens} tokens after {n} do not fit the context of {limit}")
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, not {rounds}")
-    if tokens > MAX_ROWS:
-        raise ValueError(f"at most {MAX_ROWS} tokens a round, so that caches can be rewound; got {tokens}")
+    if tokens > _native.MAX_ROWS:
+        raise ValueError(f"at most {_native.MAX_ROWS} tokens a round, so that caches can be rewound; got {tokens}")
     encodings = model.encodings()
     quantised = BLOCKS[encodings["model.layers.0.mlp.gate_proj.weight"]][0] > 1  # two thirds of a layer's work
 
