@@ -130,6 +130,19 @@ def test_an_answer_that_is_left_early_stays_as_far_as_it_went() -> None:
     assert seen(model)[: len(whole)] == whole
 
 
+def test_a_loop_that_is_left_ends_the_answer() -> None:
+    chat, model, _ = conversation("a b c d", "the")
+    said = ""
+    for piece in chat.stream("hello", **GREEDY):
+        said += piece
+        if "b" in said:
+            break
+    assert chat.messages == [("user", "hello"), ("model", said)]
+    assert chat.send("a", **GREEDY).text == "the"
+    assert seen(model).count(TURN) == 4
+    assert [role for role, _ in chat.messages] == ["user", "model"] * 2
+
+
 def test_a_next_message_closes_the_open_answer() -> None:
     chat, model, _ = conversation("a b c d", "the")
     stream = chat.stream("hello", **GREEDY)
@@ -278,8 +291,9 @@ def test_a_conversation_dropped_while_it_answers_leaves_nothing_wrong() -> None:
     model.read.clear()
     assert gemma.chat().send("a b a b a b", **GREEDY).text == "hello world"
     assert gemma.chat().send("c c c c c c", **GREEDY).text == "hello world"
-    asked = ids("<bos><start_of_turn>user\na b a b a b<end_of_turn>\n<start_of_turn>model\n")
-    assert seen(model)[: len(asked)] == asked  # from the beginning: the cache held something else
+    opening = ids("<bos><start_of_turn>user\n")
+    asked = ids("<bos><start_of_turn>user\na b a b a b<end_of_turn>\n<start_of_turn>model\n")[len(opening) :]
+    assert seen(model)[: len(asked)] == asked  # but for the opening, the cache held something else
 
 
 def test_after_a_reset_the_same_beginning_is_not_read_again() -> None:

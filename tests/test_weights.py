@@ -462,8 +462,39 @@ def test_hub_ids(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         open_checkpoint("someone/model")
     hub.cached = True
     (folder / "config.json").unlink()
-    with pytest.raises(FormatError, match=r"someone/model: no config.json .*hf download someone/model FILE.gguf"):
+    with pytest.raises(FormatError, match=r"someone/model: no config.json .*name one: someone/model/FILE.gguf"):
         open_checkpoint("someone/model")
+
+
+def test_gguf_files_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(FileNotFoundError, match=r"^someone/model/m\.gguf: no such file .*pip install huggingface_hub"):
+        open_checkpoint("someone/model/m.gguf")
+    folder = tmp_path / "hub"
+    asked: list[bool] = []
+
+    class Hub:
+        @staticmethod
+        def snapshot_download(name: str, allow_patterns: list[str], local_files_only: bool = False) -> str:
+            assert name == "someone/model" and len(allow_patterns) == 1
+            asked.append(not local_files_only)
+            if not local_files_only and allow_patterns == ["m.gguf"]:
+                tiny.write_gguf(folder / "m.gguf", "gemma", "Q8_0")
+            return str(folder)
+
+    folder.mkdir()
+    monkeypatch.setitem(sys.modules, "huggingface_hub", Hub)
+    for network in ([False, True], [False]):  # then it is in the cache
+        asked.clear()
+        assert open_checkpoint("someone/model/m.gguf").source == str(folder / "m.gguf")
+        assert asked == network
+    with pytest.raises(FileNotFoundError, match=r"^someone/model/other\.gguf: no such file"):
+        open_checkpoint("someone/model/other.gguf")
+    for path in ("./someone/model/m.gguf", "a/b/c/m.gguf", "model/m.gguf", "../model/m.gguf"):
+        with pytest.raises(FileNotFoundError, match="no such file or directory"):
+            open_checkpoint(path)
 
 
 def test_a_whole_snapshot_in_the_cache_needs_no_network(

@@ -8,7 +8,9 @@ Gemma 1 and 2 too, whose templates would refuse it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 from ._native import Cache, CancelFlag, Cancelled
@@ -47,7 +49,8 @@ class Chat:
         """Forgets the conversation; the system text stays."""
         self.messages: list[tuple[str, str]] = []
         self._tokens: list[int] = []  # the conversation so far
-        self._open: ChatStream | None = None
+        self._answering: Running | None = None  # of the open stream, which goes with its last user
+        self._open: Callable[[], ChatStream | None] = lambda: None
         self._give_back()
 
     def __del__(self) -> None:
@@ -72,14 +75,16 @@ class Chat:
         return stream.result
 
     def stream(self, text: str, params: SamplingParams | None = None, **settings: Any) -> ChatStream:
-        """Says `text` and gives the answer in pieces. An answer that is left early stays in the history as far as it went."""
+        """Says `text` and gives the answer in pieces. An answer that is left early stays in the history as far as it went, from
+        when its stream is closed or gone, or the next turn begins."""
         if not isinstance(text, str):
             raise TypeError(f"a message is text, not {type(text).__name__}")
         chosen = make_params(params, settings)
         if chosen.n != 1:
             raise ValueError(f"a conversation has one answer; n is {chosen.n}")
-        if self._open is not None:
-            self._open.close()
+        open_stream = self._open()
+        if open_stream is not None:
+            open_stream.close()
         gemma = self._gemma
         prompt = gemma._ids(self._asked(text))
         gemma._check(chosen)
@@ -87,11 +92,12 @@ class Chat:
         flag = gemma._begin()
         try:
             sequence = Running(prompt, chosen, 0, self._take_cache(prompt, flag), gemma.tokenizer, ends)
-            self._open = ChatStream(self, text, sequence, flag)
+            stream = ChatStream(self, text, sequence, flag)
+            self._answering, self._open = sequence, weakref.ref(stream)
         except BaseException:
             gemma._end(flag)
             raise
-        return self._open
+        return stream
 
     def _take_cache(self, prompt: list[int], flag: CancelFlag) -> Cache:
         prefix, self._prefix = self._prefix, None
@@ -131,7 +137,7 @@ class Chat:
 
     def _close_turn(self, text: str, sequence: Running, failed: bool) -> None:
         """The answer is over: it becomes history, unless it failed or not even its prompt was read."""
-        self._open = None
+        self._answering = None
         self._prefix = sequence.prefix()
         sequence.cache = None  # the prefix has it
         if failed or self._prefix is None or self._prefix.cache.length < len(sequence.prompt):
@@ -163,5 +169,11 @@ class ChatStream(Stream):
 
     def _finish(self) -> None:
         super()._finish()
-        if self._chat._open is self:
+        if self._chat._answering is self._sequence:
             self._chat._close_turn(self._said, self._sequence, self._failed)
+
+    def __del__(self) -> None:
+        """A loop that was left: what it took is the answer."""
+        if hasattr(self, "_end") and not sys.is_finalizing():
+            self.close()
+        super().__del__()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from .checkpoint import temporary
 from .errors import FormatError, MissingDependency
+
+CHECKPOINT = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
 
 
 def demo_file() -> Path:
@@ -59,7 +61,20 @@ def demo_file() -> Path:
     return target
 
 
-def from_hub(name: str, complete: Callable[[Path], bool]) -> Path:
+def gguf_from_hub(name: str, file: str) -> Path:
+    """A GGUF file of a Hub id. FileNotFoundError without the package, too: what was meant may be a path of this machine."""
+    try:
+        path = from_hub(name, lambda folder: (folder / file).is_file(), [file]) / file
+    except MissingDependency as missing:
+        raise FileNotFoundError(str(missing).replace(name, f"{name}/{file}", 1)) from None
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{name}/{file}: no such file or directory, nor is it a file of {name} on the Hugging Face Hub"
+        )
+    return path
+
+
+def from_hub(name: str, complete: Callable[[Path], bool], wanted: Sequence[str] = CHECKPOINT) -> Path:
     """A snapshot of a Hub id: the cached one, without asking the network, where it is `complete`."""
     try:
         hub = importlib.import_module("huggingface_hub")
@@ -68,14 +83,13 @@ def from_hub(name: str, complete: Callable[[Path], bool]) -> Path:
             f"{name}: no such file or directory; to load it from the Hugging Face Hub: pip install huggingface_hub "
             "(or gemma-native[hub])"
         ) from None
-    wanted = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
     cached: Path | None = None
     with suppress(Exception):  # not in the cache
-        cached = Path(hub.snapshot_download(name, allow_patterns=wanted, local_files_only=True))
+        cached = Path(hub.snapshot_download(name, allow_patterns=list(wanted), local_files_only=True))
     if cached is not None and complete(cached):
         return cached
     try:
-        return Path(hub.snapshot_download(name, allow_patterns=wanted))
+        return Path(hub.snapshot_download(name, allow_patterns=list(wanted)))
     except Exception as error:
         if cached is not None:  # offline: opening it says what is missing
             return cached

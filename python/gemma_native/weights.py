@@ -19,7 +19,7 @@ import numpy as np
 
 from .checkpoint import Checkpoint, Progress, Tensor, release
 from .config import Config, _object, config_from_gguf, config_from_hf
-from .download import demo_file, from_hub
+from .download import demo_file, from_hub, gguf_from_hub
 from .errors import FormatError
 from .gguf import GgufFile
 from .packed import open_packed
@@ -48,17 +48,16 @@ def open_checkpoint(source: str | os.PathLike[str], progress: Progress | None = 
     if source == "demo":  # a folder of that name is "./demo", or a Path
         path = demo_file()
     elif not exists:
-        if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) and not text.endswith(
-            (".gguf", ".safetensors")
-        ):
-            path = from_hub(text, _complete)
-            if not (path / "config.json").is_file():
-                raise FormatError(
-                    f"{text}: no config.json in this repository; if it holds GGUF files, download one "
-                    f"(hf download {text} FILE.gguf) and give that file's path"
-                )
-        else:
-            raise FileNotFoundError(f"{text!r:.200}: no such file or directory (a Hub id has the form owner/name)")
+        hub_id = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/([\w.-]+\.gguf))?", text)
+        if hub_id is None or (hub_id[2] is None and text.endswith((".gguf", ".safetensors"))):
+            raise FileNotFoundError(
+                f"{text!r:.200}: no such file or directory (the Hub's are owner/name or owner/name/FILE.gguf)"
+            )
+        path = gguf_from_hub(hub_id[1], hub_id[2]) if hub_id[2] else from_hub(text, _complete)
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise FormatError(
+                f"{text}: no config.json in this repository; if it holds GGUF files, name one: {text}/FILE.gguf"
+            )
     if path.is_dir():
         checkpoint = _open_directory(path)
     elif not path.is_file():
