@@ -114,7 +114,8 @@ std::vector<int32_t> tokens_of(const py::object& o) {
   try {
     a = py::array(o);
   } catch (const py::error_already_set& e) {
-    if (!e.matches(PyExc_Exception)) throw;  // Ctrl-C is not the tokens' fault
+    // What a signal's handler raises, or a lack of memory, is not the tokens' fault.
+    if (!e.matches(PyExc_TypeError) && !e.matches(PyExc_ValueError) && !e.matches(PyExc_OverflowError)) throw;
     throw py::type_error("tokens must be a 1-D array or list of integers");
   }
   GEMMA_CHECK(a.ndim() == 1, "tokens must have 1 dimension, not ", a.ndim());

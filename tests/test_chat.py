@@ -322,6 +322,22 @@ def test_ctrl_c_keeps_what_there_is_of_an_answer() -> None:
     assert chat.send("c", **GREEDY).text == "the"
 
 
+def test_ctrl_c_loses_no_text_that_may_begin_a_stop_string() -> None:
+    chat, model, _ = conversation("a b c", "the")
+
+    def interrupt(_: Any) -> None:
+        if len(model.read) == 3:
+            raise KeyboardInterrupt
+
+    model.before = interrupt
+    stream = chat.stream("hello", stop=" b!", **GREEDY)
+    with pytest.raises(KeyboardInterrupt):
+        list(stream)
+    assert stream.result is not None
+    said = WORDS.decode(stream.result.tokens)
+    assert said.endswith(" b") and stream.result.text == said and chat.messages[1] == ("model", said)
+
+
 def test_cancelled_while_another_call_is_waited_for() -> None:
     chat, _, gemma = conversation("a b! c", "the")
     chat.send("a", stop="b!", **GREEDY)  # the cache has more than the history, and must be cut

@@ -427,6 +427,9 @@ def test_head_scan_knows_its_limits() -> None:
     assert T.reachable("Q8_0", data, rows, k, np.repeat(x, 9, 0), 1) == everything
     assert T.reachable("Q8_0", data, rows, k, x, 1, softcap=30.0) == everything  # saturated: different products may tie
     assert len(T.reachable("Q8_0", data, rows, k, x / 100, 1, softcap=30.0)) < 5
+    below, ones = T.quantize("Q8_0", np.abs(w) + 1), np.ones((1, k), np.float32)  # all products of -ones are negative
+    assert T.reachable("Q8_0", below, rows, k, -ones, 1, softcap=10.0) == everything
+    assert len(T.reachable("Q8_0", below, rows, k, -ones / 10, 1, softcap=10.0)) < len(everything)
     assert T.reachable("Q8_0", data, rows, k, 0 * x, 1) == everything
     row = k // 32 * 34
     no_number = data[: 100 * row] + np.float16(np.nan).tobytes() + data[100 * row + 2 :]

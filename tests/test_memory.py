@@ -1,4 +1,4 @@
-"""How much memory a process has when a model is loaded and has answered: the weights, and little else."""
+"""How much memory a process has when a model is loaded and has answered, which is the weights and little else; and what if there is none."""
 
 from __future__ import annotations
 
@@ -37,3 +37,36 @@ def test_a_source_is_given_back_as_it_is_converted(tmp_path: Path) -> None:
     most, weights = map(int, run.stdout.split())
     assert 50 * MIB < weights < 56 * MIB
     assert most < weights + 48 * MIB, f"{most / MIB:.0f} MiB for {weights / MIB:.0f} MiB of weights"
+
+
+# Runs a prompt where there is hardly more address space than the process has, and once more with enough.
+SHORT = """
+import resource, sys
+from gemma_native import _native
+from gemma_native.weights import open_checkpoint
+
+def size():
+    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmSize"))
+
+checkpoint = open_checkpoint(sys.argv[1])
+for more in range(0, 128 << 10, 8 << 10):
+    model = _native.Model(checkpoint.config, checkpoint.tensors, "cpu", threads=3)
+    model.forward([1], model.new_cache())
+    cache = model.new_cache()
+    resource.setrlimit(resource.RLIMIT_AS, (size() + more, resource.RLIM_INFINITY))
+    try:
+        model.forward([5] * 600, cache)
+    except MemoryError:
+        pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+    cache.truncate(0)
+    assert model.forward([5] * 600, cache).tobytes() == model.forward([5] * 600, model.new_cache()).tobytes()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's figures of a process")
+def test_a_lack_of_memory_is_an_exception_in_every_thread(tmp_path: Path) -> None:
+    folder = tiny.write_hf(tmp_path / "m", "gemma3-scaled", 3, vocab_size=4101)
+    run = subprocess.run([sys.executable, "-c", SHORT, str(folder)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

@@ -355,13 +355,14 @@ def test_a_signal_stops_a_call(speck_model: Any) -> None:
     assert same(m.forward(tokens[:50], cache), m.forward(tokens[:50], m.new_cache()))
 
 
-def test_an_interrupt_while_tokens_are_read(model: GetModel) -> None:
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, TimeoutError, MemoryError])
+def test_an_interrupt_while_tokens_are_read(model: GetModel, raised: type[BaseException]) -> None:
     class Interrupted:
         def __array__(self, *args: Any, **kwargs: Any) -> Any:
-            raise KeyboardInterrupt
+            raise raised
 
     m = model("gemma-mqa")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(raised):
         m.forward(Interrupted(), m.new_cache())
 
 

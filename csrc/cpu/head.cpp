@@ -158,7 +158,7 @@ std::vector<int64_t> HeadScan::reachable(const Kernels& kernels, ThreadPool& poo
   for (int64_t p = 0; p < total; ++p) in[p] = apart_[p] != 0;
   const std::vector<float> bar = bars(kernels, pool, x, head, k);
   for (int64_t i = 0; i < x.n; ++i) {
-    if (!std::isfinite(bar[i]) || (softcap > 0 && bar[i] > kUnsaturated * softcap)) return all();
+    if (!std::isfinite(bar[i]) || (softcap > 0 && std::fabs(bar[i]) > kUnsaturated * softcap)) return all();
     const float* high = bounds_.high.data() + i * total;
     int64_t count = 0;
     for (int64_t p = 0; p < total; ++p) {

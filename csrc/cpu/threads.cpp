@@ -60,6 +60,13 @@ constexpr uint64_t kOpen = uint64_t{1} << 32;  // the loop still takes workers
 constexpr uint64_t kLoop = uint64_t{1} << 33;  // one step of the loop number, above it
 constexpr uint64_t kActive = kOpen - 1;        // workers inside the loop
 
+// A thread's first exception and its first use of a thread_local variable allocate, and where that fails the process ends: so both at its
+// beginning, for which the pool waits, and not when memory is short.
+void take_thread_locals() {
+  static thread_local volatile int touched = 0;
+  touched = touched + std::uncaught_exceptions();
+}
+
 }  // namespace
 
 struct ThreadPool::Shared {
@@ -153,6 +160,8 @@ struct ThreadPool::Shared {
   }
 
   void worker(int thread) {
+    take_thread_locals();
+    started.fetch_add(1);
     uint64_t seen = 0;
     for (;;) {
       bool joined = join(thread, seen);
@@ -182,10 +191,11 @@ void ThreadPool::start() {
   shared_->shares = std::vector<Shared::Share>(size_);
   shared_->useful = std::min(size_, cpus()) - 1;
   try {
-    for (int t = 1; t < size_; ++t, ++shared_->started) shared_->workers.emplace_back(&Shared::worker, shared_, t);
+    for (int t = 1; t < size_; ++t) shared_->workers.emplace_back(&Shared::worker, shared_, t);
   } catch (const std::system_error&) {
     // The system gives no more threads: what there is does the work, in the same order of sums.
   }
+  while (shared_->started.load() < static_cast<int>(shared_->workers.size())) std::this_thread::yield();
 }
 
 ThreadPool::~ThreadPool() {

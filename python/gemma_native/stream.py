@@ -49,8 +49,11 @@ class Stream(Iterator[str]):
                         return piece
         except BaseException as error:
             self._failed = isinstance(error, Exception)  # Ctrl-C is none
-            self._sequence.finish_reason = self._sequence.finish_reason or "cancelled"
-            self._finish()
+            try:
+                if not self._sequence.finish_reason:
+                    self._sequence.end("cancelled")
+            finally:
+                self._finish()
             raise
         self._finish()
         raise StopIteration
