@@ -306,14 +306,19 @@ def test_after_a_reset_the_same_beginning_is_not_read_again() -> None:
     assert len(model.read[0]) == 1
 
 
-def test_ctrl_c_keeps_what_there_is_of_an_answer() -> None:
-    chat, model, _ = conversation("a b c", "the")
+def interrupt(model: Model) -> None:
+    """Ctrl-C when two tokens were chosen."""
 
-    def interrupt(_: Any) -> None:
+    def before(_: Any) -> None:
         if len(model.read) == 3:
             raise KeyboardInterrupt
 
-    model.before = interrupt
+    model.before = before
+
+
+def test_ctrl_c_keeps_what_there_is_of_an_answer() -> None:
+    chat, model, _ = conversation("a b c", "the")
+    interrupt(model)
     with pytest.raises(KeyboardInterrupt):
         chat.send("hello", **GREEDY)
     model.before = None
@@ -324,12 +329,7 @@ def test_ctrl_c_keeps_what_there_is_of_an_answer() -> None:
 
 def test_ctrl_c_loses_no_text_that_may_begin_a_stop_string() -> None:
     chat, model, _ = conversation("a b c", "the")
-
-    def interrupt(_: Any) -> None:
-        if len(model.read) == 3:
-            raise KeyboardInterrupt
-
-    model.before = interrupt
+    interrupt(model)
     stream = chat.stream("hello", stop=" b!", **GREEDY)
     with pytest.raises(KeyboardInterrupt):
         list(stream)

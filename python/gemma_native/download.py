@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from .checkpoint import temporary
 from .errors import FormatError, MissingDependency
 
-CHECKPOINT = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
+CHECKPOINT = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
 
 
 def demo_file() -> Path:
@@ -61,35 +62,42 @@ def demo_file() -> Path:
     return target
 
 
+def from_hub(name: str, complete: Callable[[Path], bool]) -> Path:
+    """A snapshot of a Hub id, with what a checkpoint consists of."""
+    return _snapshot(_hub(name, MissingDependency), name, CHECKPOINT, complete)
+
+
 def gguf_from_hub(name: str, file: str) -> Path:
     """A GGUF file of a Hub id. FileNotFoundError without the package, too: what was meant may be a path of this machine."""
-    try:
-        path = from_hub(name, lambda folder: (folder / file).is_file(), [file]) / file
-    except MissingDependency as missing:
-        raise FileNotFoundError(str(missing).replace(name, f"{name}/{file}", 1)) from None
+    source = f"{name}/{file}"
+    path = _snapshot(_hub(source, FileNotFoundError), name, [file], lambda folder: (folder / file).is_file()) / file
     if not path.is_file():
         raise FileNotFoundError(
-            f"{name}/{file}: no such file or directory, nor is it a file of {name} on the Hugging Face Hub"
+            f"{source}: no such file or directory, nor is it a file of {name} on the Hugging Face Hub"
         )
     return path
 
 
-def from_hub(name: str, complete: Callable[[Path], bool], wanted: Sequence[str] = CHECKPOINT) -> Path:
-    """A snapshot of a Hub id: the cached one, without asking the network, where it is `complete`."""
+def _hub(source: str, missing: type[Exception]) -> Any:
+    """The package, or the exception `missing`."""
     try:
-        hub = importlib.import_module("huggingface_hub")
+        return importlib.import_module("huggingface_hub")
     except ImportError:
-        raise MissingDependency(
-            f"{name}: no such file or directory; to load it from the Hugging Face Hub: pip install huggingface_hub "
+        raise missing(
+            f"{source}: no such file or directory; to load it from the Hugging Face Hub: pip install huggingface_hub "
             "(or gemma-native[hub])"
         ) from None
+
+
+def _snapshot(hub: Any, name: str, wanted: list[str], complete: Callable[[Path], bool]) -> Path:
+    """The cached one, without asking the network, where it is `complete`."""
     cached: Path | None = None
     with suppress(Exception):  # not in the cache
-        cached = Path(hub.snapshot_download(name, allow_patterns=list(wanted), local_files_only=True))
+        cached = Path(hub.snapshot_download(name, allow_patterns=wanted, local_files_only=True))
     if cached is not None and complete(cached):
         return cached
     try:
-        return Path(hub.snapshot_download(name, allow_patterns=list(wanted)))
+        return Path(hub.snapshot_download(name, allow_patterns=wanted))
     except Exception as error:
         if cached is not None:  # offline: opening it says what is missing
             return cached
